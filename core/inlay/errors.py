@@ -1,18 +1,18 @@
-"""Errors for people: what was wrong, where, and what to do. No traceback is shown for any of these."""
+"""Errors for people: what was wrong, where, what to do. The CLI shows them without a traceback."""
 
 from __future__ import annotations
 
 
 class InlayError(Exception):
-    """A mistake the user can correct: `where: problem. fix`.
+    """A mistake the user can correct, told as `where: problem. fix`.
 
-    problem: what is wrong, in one clause. where: YAML path, plugin, event, step or site. fix: what to do about it.
+    where: YAML path, file, plugin, event, step or site.
     """
 
     def __init__(self, problem: str, *, where: str = "", fix: str = "") -> None:
         self.problem, self.where, self.fix = problem, where, fix
-        sentence = problem if problem.endswith((".", "!", "?")) else f"{problem}."
-        super().__init__(f"{where + ': ' if where else ''}{sentence}{' ' + fix if fix else ''}")
+        place = f"{where}: " if where else ""
+        super().__init__(f"{place}{problem.rstrip('.')}.{' ' + fix if fix else ''}")
 
 
 class ConfigError(InlayError):

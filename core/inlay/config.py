@@ -1,0 +1,261 @@
+"""Experiments: YAML in one schema, layered by `extends` and overrides, checked before torch loads.
+
+An experiment names registered plugins and models only: no key imports code, no resolver runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from inlay.errors import ConfigError
+
+MAX_YAML_BYTES = 1 << 20
+TEXT_KEYS = ("prompt.source", "prompt.edit", "prompt.negative", "subject")  # never read as YAML
+
+
+@dataclass
+class Prompt:
+    """One prompt per lane, and the negative prompt that true CFG pushes away from."""
+
+    source: str = ""
+    edit: str = ""
+    negative: str = ""
+
+
+@dataclass
+class Inputs:
+    """Pictures to work on; relative paths start at the current folder."""
+
+    image: str | None = None
+    mask: str | None = None
+
+
+@dataclass
+class Experiment:
+    """Everything a run depends on."""
+
+    model: str = "toybox/flux"  # a name from `inlay models`, a folder, or a hub name
+    revision: str | None = None  # a hub commit; branches move
+    scheduler: str | None = None  # a diffusers class; null keeps the model's own
+    dtype: str = "float32"
+    device: str = "auto"
+    offload: str = "none"
+    seed: int = 0
+    steps: int = 28
+    guidance: Any = 3.5  # one scale, or {lane: scale}
+    true_cfg: float = 1.0
+    size: Any = None  # pixels: null (the picture's, else the model's), a side, or [height, width]
+    n: int = 1
+    prompt: Prompt = field(default_factory=Prompt)
+    subject: str = ""
+    input: Inputs = field(default_factory=Inputs)
+    plugins: dict[str, Any] = field(default_factory=dict)  # name: options, in execution order
+    resolve: dict[str, Any] = field(default_factory=dict)  # who wins where plugins conflict
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        scales = self.guidance.values() if isinstance(self.guidance, dict) else [self.guidance]
+        sides = self.size if isinstance(self.size, list) else [self.size, self.size]
+        whole = [type(side) is int and side > 0 for side in sides]
+        for key, good, want in (
+            ("steps", self.steps >= 1, "1 or more"),
+            ("n", self.n >= 1, "1 or more"),
+            ("seed", 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
+            ("guidance", all(type(s) in (int, float) and s >= 0 for s in scales), "0 or more"),
+            ("true_cfg", self.true_cfg >= 0, "0 or more"),
+            ("size", whole == [True, True] or self.size is None, "a side, [height, width] or null"),
+            (
+                "dtype",
+                re.fullmatch("float32|b?float16", self.dtype),
+                "float32, float16 or bfloat16",
+            ),
+            ("device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), "auto, cpu or cuda"),
+            ("offload", self.offload in ("none", "model", "sequential"), "none, model, sequential"),
+        ):
+            if not good:
+                value = getattr(self, key)
+                raise ConfigError(f"{value!r} cannot be used", where=key, fix=f"It must be {want}.")
+
+
+def load(name: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment of a packaged name (`addit`) or a YAML file, `key=value` over it."""
+    return _build([*_layers(_find(str(name))), *map(_override, overrides)])
+
+
+def from_dict(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment of plain data, such as a manifest's; `from_dict(to_dict(e)) == e`."""
+    return _build([("", OmegaConf.create(dict(values))), *map(_override, overrides)])
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Plain data that YAML and JSON hold."""
+    return asdict(experiment)
+
+
+def data_path(name: str) -> Path:
+    """`registry.yaml` or `experiments`: beside the package in a wheel, else at the root of a clone."""
+    beside = Path(__file__).parent / name
+    return beside if beside.exists() else Path(__file__).parents[2] / name
+
+
+def experiments() -> list[str]:
+    """Names of the packaged experiments and of the presets among them."""
+    root = data_path("experiments")
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+def expand_presets(plugins: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry named like a preset becomes that fragment's plugins, its options merged into them."""
+    expanded: dict[str, Any] = {}
+    for name, values in plugins.items():
+        if not isinstance(values, Mapping | None):
+            where, fix = f"plugins.{name}", "Options are a mapping: {option: value}."
+            raise ConfigError(f"{values!r} is not a plugin's options", where=where, fix=fix)
+        group = {name: values}
+        if f"presets/{name}" in experiments():
+            fragment = read_yaml(data_path("experiments") / "presets" / f"{name}.yaml").plugins
+            merged = _merge(fragment, OmegaConf.create(values or {}), f"plugins.{name}")
+            group = {k: OmegaConf.to_container(v) for k, v in merged.items() if v is not None}
+        for key in expanded.keys() & group.keys():
+            fix = f"Set it once, or give the second a name of its own and `use: {key}`."
+            raise ConfigError(f"plugin '{key}' is listed twice", where=f"plugins.{name}", fix=fix)
+        expanded |= group
+    return expanded
+
+
+def parse_plugin_config(cls: type, values: Mapping[str, Any] | None, where: str) -> Any:
+    """An instance of the plugin's nested `Config`; unknown keys, wrong types are refused."""
+    schema = OmegaConf.structured(cls.Config)  # type: ignore[attr-defined]
+    options = OmegaConf.create({k: v for k, v in (values or {}).items() if k != "use"})
+    return _to_object(_merge(schema, options, where), where)
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML mapping, read safely: no tag builds objects, no alias explodes, no key comes twice."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"more than {MAX_YAML_BYTES >> 20} MiB of YAML", where=str(path))
+        events = yaml.parse(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            raise ConfigError("YAML aliases are not used here", where=str(path))
+        node = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"cannot be read: {message}", where=str(path)) from error
+    if not isinstance(node, DictConfig):
+        raise ConfigError("not a mapping of keys to values", where=str(path))
+    return node
+
+
+def suggest(name: str, known: Iterable[Any]) -> str:
+    """`Did you mean 'x'?`, or the list of what is known."""
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names)}."
+
+
+def _find(name: str, beside: Path = Path()) -> Path:
+    if name in experiments():
+        return data_path("experiments") / f"{name}.yaml"
+    path = beside / name
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    raise ConfigError(f"no experiment '{name}'", fix=suggest(Path(name).stem, experiments()))
+
+
+def _layers(path: Path, children: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
+    """The file and what it extends, oldest first."""
+    if path.resolve() in children:
+        raise ConfigError("this experiment extends itself", where=str(path))
+    layer = read_yaml(path)
+    if parent := layer.pop("extends", None):
+        yield from _layers(_find(str(parent), path.parent), (*children, path.resolve()))
+    yield str(path), layer
+
+
+def _override(text: str) -> tuple[str, DictConfig]:
+    key, equals, value = text.partition("=")
+    if not (equals and re.fullmatch(r"[\w-]+(\.[\w-]+)*", key)):
+        raise ConfigError(f"'{text}' is not an override", fix="Write key=value, such as seed=3.")
+    value = json.dumps(value, ensure_ascii=False) if key in TEXT_KEYS else value
+    try:
+        return "", OmegaConf.from_dotlist([f"{key}={value}"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"'{value}' is not a YAML value", where=key, fix="Quote it.") from error
+
+
+def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:
+    config: DictConfig = OmegaConf.structured(Experiment)
+    for file, layer in layers:
+        listed = set(config.plugins)
+        for key in ("prompt", "input", "plugins", "resolve"):
+            if key in layer and not isinstance(layer[key], DictConfig):
+                raise ConfigError("must be a mapping", where=_join(file, key), fix="{key: value}")
+        config = _merge(config, layer, file)
+        for name in [name for name, options in config.plugins.items() if options is None]:
+            if name not in listed:
+                where = _join(file, f"plugins.{name}")
+                raise ConfigError("null drops a plugin, none is listed", where=where, fix="Use {}.")
+            del config.plugins[name]
+    experiment: Experiment = _to_object(config, "")
+    experiment.plugins = expand_presets(experiment.plugins)
+    return experiment
+
+
+def _merge(base: DictConfig, layer: DictConfig, where: str) -> DictConfig:
+    """`layer` over `base`, after a look for what experiments may not hold."""
+    for key, value in _leaves(OmegaConf.to_container(layer)):
+        if key.endswith("_target_") or "${" in re.sub(r"\$\{[\w.]+\}", "", str(value)):
+            fix = "Name a registered plugin; only plain references such as ${steps} are followed."
+            raise ConfigError("this could run code", where=_join(where, key), fix=fix)
+        if key in TEXT_KEYS and isinstance(value, bool):
+            raise ConfigError(f"{value} is not text", where=_join(where, key), fix="Quote it.")
+    with _located(where):
+        return OmegaConf.merge(base, layer)  # type: ignore[return-value]
+
+
+def _to_object(config: DictConfig, where: str) -> Any:
+    """The dataclass instance: references resolved, every number finite."""
+    with _located(where):
+        for key, value in _leaves(OmegaConf.to_container(config, resolve=True)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{value} is not a finite number", where=_join(where, key))
+        return OmegaConf.to_object(config)
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """OmegaConf's errors as ours, with the YAML path."""
+    try:
+        yield
+    except ConfigKeyError as error:
+        path, known = _join(where, error.full_key), error.parent_node or ()
+        raise ConfigError("unknown key", where=path, fix=suggest(error.key, known)) from error
+    except (OmegaConfBaseException, TypeError) as error:
+        path = _join(where, getattr(error, "full_key", ""))
+        raise ConfigError(str(error).splitlines()[0], where=path) from error
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict | list | tuple):
+        yield path, node
+        return
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from _leaves(value, _join(path, str(key)))
+
+
+def _join(where: str, key: str | None) -> str:
+    separator = ": " if where.endswith((".yaml", ".yml")) else "."
+    return separator.join(filter(None, (where, key)))

@@ -1,0 +1,81 @@
+"""Names to plugin classes and models: registry.yaml for what ships here, entry points for others.
+
+Listing imports nothing; a plugin's module is imported when a run uses it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from inlay.config import data_path, read_yaml, suggest
+from inlay.errors import ConfigError, ModelError, PluginError
+
+
+def plugins() -> dict[str, dict[str, Any]]:
+    """Plugins by name: class (`module:Class`), summary, needs, tested, maturity, source.
+
+    Ours come first, and no third party's entry point (group `inlay`) can take a name of ours.
+    """
+    listed = {name: {**entry, "source": "inlay"} for name, entry in _shipped()["plugins"].items()}
+    for point in sorted(entry_points(group="inlay")):
+        source = point.dist.name if point.dist else ""
+        listed.setdefault(point.name, {"class": point.value, "source": source})
+    return listed
+
+
+def plugin_class(name: str, where: str = "") -> type:
+    """Import and return the class registered as `name`; `where` is the YAML path for the error."""
+    if name not in (known := plugins()):
+        path = where or f"plugins.{name}"
+        raise ConfigError(f"no plugin '{name}'", where=path, fix=suggest(name, known))
+    module, _, attribute = known[name]["class"].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        fix = f"Reinstall {known[name]['source'] or 'its package'}."
+        raise PluginError(
+            f"cannot be imported: {error}", where=f"plugin {name}", fix=fix
+        ) from error
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """Models that ship with the package: name -> family, summary, and where its folder is found."""
+    return _shipped()["models"]
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a shipped or local model, or a hub name (`owner/name`), for `from_pretrained`.
+
+    Raises ModelError for an unknown name, a folder without pipeline, and pickled weights.
+    """
+    if name in models():
+        module, _, function = models()[name]["path"].partition(":")
+        finder = getattr(importlib.import_module(module), function)
+        folder = Path(finder(models()[name]["argument"]))
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif re.fullmatch(r"(?!toybox/)\w[\w.-]*/\w[\w.-]*", name):
+        return name
+    else:
+        raise ModelError(f"no model '{name}'", where="model", fix=suggest(name, models()))
+    if not (folder / "model_index.json").is_file():
+        fix = "Give a folder written by a pipeline's save_pretrained."
+        raise ModelError(f"no model_index.json in '{folder}'", where="model", fix=fix)
+    for part in folder.glob("*/"):
+        kinds = {file.suffix for file in part.iterdir()}
+        if ".safetensors" not in kinds and kinds & {".bin", ".ckpt", ".pt", ".pth"}:
+            fix = "Convert the weights: a pickle can run code and is never loaded."
+            raise ModelError(f"'{part}' is not safetensors", where="model", fix=fix)
+    return str(folder)
+
+
+@cache
+def _shipped() -> dict[str, dict[str, Any]]:
+    return OmegaConf.to_container(read_yaml(data_path("registry.yaml")))  # type: ignore[return-value]
