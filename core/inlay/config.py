@@ -6,7 +6,6 @@ An experiment names registered plugins and models only: no key imports code, no 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -189,11 +188,15 @@ def _override(text: str) -> tuple[str, DictConfig]:
     key, equals, value = text.partition("=")
     if not (equals and re.fullmatch(r"[\w-]+(\.[\w-]+)*", key)):
         raise ConfigError(f"'{text}' is not an override", fix="Write key=value, such as seed=3.")
-    value = json.dumps(value, ensure_ascii=False) if key in TEXT_KEYS else value
+    layer = OmegaConf.create()
     try:
-        return "", OmegaConf.from_dotlist([f"{key}={value}"])
+        if key in TEXT_KEYS:
+            OmegaConf.update(layer, key, value)
+        else:
+            layer.merge_with_dotlist([text])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"'{value}' is not a YAML value", where=key, fix="Quote it.") from error
+    return "", layer
 
 
 def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:

@@ -1,0 +1,10 @@
+"""How a lane's predictions become one model output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def cfg(text: Tensor, null: Tensor | None, scale: float) -> Tensor:
+    """Classifier-free guidance, Ho & Salimans 2022, eq. 6 in diffusers' order of operations (bit-identical to its pipelines)."""
+    return text if null is None else null + scale * (text - null)

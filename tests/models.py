@@ -1,0 +1,93 @@
+"""Tiny random models of the true classes, the same on every machine and in every order of tests."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+
+def _vae(channels: int, **extra) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=32,
+        **extra,
+    ).eval()
+
+
+def flux(seed: int = 0) -> FluxPipeline:
+    """2 double and 2 single blocks, head width 16, 16 text channels; latents 2x2 packed, VAE factor 2 (tokens of 4x4 px)."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(4, shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
+def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
+    """Three levels with 22 attention modules of two heads, text width 16, VAE factor 2."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=_vae(4),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def conds(seed: int = 7, text: int = 12, pooled: bool = True) -> dict[str, dict]:
+    """Random embeddings for the prompts source, edit and negative."""
+    g = torch.Generator().manual_seed(seed)
+    made = {}
+    for name in ("source", "edit", "negative"):
+        embeds = torch.randn(1, text, 16, generator=g)
+        made[name] = {"embeds": embeds, "pooled": torch.randn(1, 16, generator=g) if pooled else None}
+    return made

@@ -1,0 +1,73 @@
+"""With no plugin, latents and pictures are bit-identical to the stock pipelines."""
+
+import diffusers
+import pytest
+import torch
+from models import conds, flux, stable_diffusion
+
+import inlay
+
+SD_SCHEDULERS = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "PNDMScheduler",
+]
+FLOW_SCHEDULERS = [
+    "FlowMatchEulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+]
+
+
+@pytest.mark.parametrize("scheduler", SD_SCHEDULERS)
+@pytest.mark.parametrize(("guidance", "n"), [(1.0, 1), (7.5, 2)])
+def test_stable_diffusion_is_bit_identical(scheduler, guidance, n):
+    pipe, given = stable_diffusion(), conds(pooled=False)
+    session = inlay.Session(pipe, scheduler=scheduler)
+    pipe.scheduler = session.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    ours = session.run(guidance=guidance, n=n, steps=5, seed=3, conds=given)
+    call = {
+        "prompt_embeds": given["edit"]["embeds"],
+        "negative_prompt_embeds": given["negative"]["embeds"],
+        "num_inference_steps": 5,
+        "guidance_scale": guidance,
+        "num_images_per_prompt": n,
+    }
+    stock = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="latent").images
+    assert torch.equal(ours.latents["edit"], stock)
+    pictures = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="pt").images
+    assert torch.equal(ours.images["edit"], pictures)
+
+
+@pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS)
+@pytest.mark.parametrize(("true_cfg", "n", "size"), [(1.0, 1, (32, 32)), (3.0, 2, (24, 40))])
+def test_flux_is_bit_identical(scheduler, true_cfg, n, size):
+    pipe, given = flux(), conds()
+    session = inlay.Session(pipe, scheduler=scheduler)
+    pipe.scheduler = session.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    ours = session.run(true_cfg=true_cfg, n=n, size=size, steps=5, seed=3, conds=given)
+    call = {
+        "prompt_embeds": given["edit"]["embeds"].expand(n, -1, -1),
+        "pooled_prompt_embeds": given["edit"]["pooled"].expand(n, -1),
+        "negative_prompt_embeds": given["negative"]["embeds"].expand(n, -1, -1),
+        "negative_pooled_prompt_embeds": given["negative"]["pooled"].expand(n, -1),
+        "true_cfg_scale": true_cfg,
+        "num_inference_steps": 5,
+        "guidance_scale": 3.5,
+        "height": size[0],
+        "width": size[1],
+    }
+    stock = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="latent").images
+    assert torch.equal(ours.latents["edit"], stock)
+    pictures = pipe(**call, generator=torch.Generator().manual_seed(3), output_type="pt").images
+    assert torch.equal(ours.images["edit"], pictures)
+
+
+def test_schedulers_of_the_matrix_exist():
+    assert all(hasattr(diffusers, name) for name in SD_SCHEDULERS + FLOW_SCHEDULERS)
