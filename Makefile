@@ -1,0 +1,40 @@
+# Every target makes .venv by itself, once. `make demo ARGS=input.image=me.png` adds a picture of yours.
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.PHONY: demo test test-goldens bench quality lint clean
+
+demo: $(READY)
+	$(BIN)/inlay run demo --out outputs/demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-goldens: $(READY)
+	$(BIN)/python -m pytest -m goldens $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks -p no:xdist $(ARGS)
+
+quality: $(READY)
+	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks .hypothesis
+	find core plugins tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Rebuilt when the requirements change, and only then.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "inlay needs Python 3.11 or newer"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,60 @@
+"""`inlay plugins`, `inlay models`: what an experiment can name. Listing imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from inlay import registry
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def plugins(
+    name: Annotated[str | None, typer.Argument(help="Show this plugin's options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the plugins, or one plugin's options and their defaults."""
+    if name is None:
+        _show(registry.plugins(), ("summary", "tested", "maturity", "source"), as_json)
+        return
+    cls = registry.plugin_class(name, where="plugins")
+    options = {
+        f.name: {"type": f.type, "default": _default(f)} for f in dataclasses.fields(cls.Config)
+    }
+    if as_json:
+        typer.echo(json.dumps({"name": name, "options": options}, indent=2, default=str))
+    else:
+        typer.echo(f"{inspect.getdoc(cls)}\n")
+        _show(options, ("type", "default"), as_json)
+
+
+def models(as_json: Json = False) -> None:
+    """List the models that ship here; a folder or a hub name works as well."""
+    _show(registry.models(), ("family", "summary"), as_json)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _show(rows: Mapping[str, Mapping[str, Any]], columns: Iterable[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", *columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, row in rows.items():
+        cells = [row.get(column, "") for column in columns]
+        table.add_row(name, *(", ".join(c) if isinstance(c, list) else str(c) for c in cells))
+    Console().print(table)

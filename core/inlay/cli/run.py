@@ -1,0 +1,86 @@
+"""`inlay run`: experiments in, folders of pictures out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inlay import config
+from inlay.cli.listing import Json
+from inlay.config import Experiment
+from inlay.errors import ConfigError
+
+
+def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="EXPERIMENT... [KEY=VALUE]...", show_default=False,
+                       help="Names or YAML files, then overrides such as subject=dog."),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where to write; outputs/EXPERIMENT if not given."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Repeat the run of a manifest.json or PNG."),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run experiments; write images, masks, manifest.json and a contact sheet."""
+    from inlay.cli import output, replay
+
+    overrides = [word for word in words or () if "=" in word]
+    names = _expand([word for word in words or () if "=" not in word])
+    if bool(names) == bool(source):
+        raise ConfigError("name an experiment, or give --from FILE", fix="See `inlay run --help`.")
+    if source:
+        jobs = {source.stem: replay.load(source, overrides)}
+    else:
+        jobs = {Path(name).stem: config.load(name, overrides) for name in names}
+        if len(jobs) < len(names):
+            raise ConfigError("two experiments of one name", fix="Run them one by one.")
+    asked = out or next(iter(jobs.values())).out
+    root = output.resolve(asked or "outputs")
+    folders = {name: root if asked and len(jobs) == 1 else root / name for name in jobs}
+    for folder in folders.values():
+        output.check(folder)
+    reports = [_run(job, folders[name], quiet=as_json) for name, job in jobs.items()]
+    if len(jobs) > 1:
+        _stack_sheets(list(folders.values()), root)
+    if as_json:
+        typer.echo(json.dumps(reports, indent=2))
+
+
+def _expand(names: list[str]) -> list[str]:
+    """A packaged folder of experiments (`demo`) stands for all of them."""
+    known = config.experiments()
+    inside = {name: [k for k in known if k.startswith(f"{name}/")] for name in names}
+    return [each for name in names for each in inside[name] or [name]]
+
+
+def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
+    from inlay.cli.output import staged
+    from inlay.cli.progress import Progress
+    from inlay.cli.sheet import contact_sheet
+    from inlay.images import save
+    from inlay.session import execute
+
+    with staged(folder) as stage:
+        with Progress(quiet) as progress:
+            result = execute(job, callback=progress.update)
+        result.save(stage)
+        save(contact_sheet(result, job), stage / "sheet.png")
+    if not quiet:
+        typer.echo(f"{folder}: images, masks, manifest.json, sheet.png")
+    return {"out": str(folder), "manifest": result.manifest}
+
+
+def _stack_sheets(folders: list[Path], root: Path) -> None:
+    from inlay.cli.sheet import stack
+    from inlay.images import open_image, save
+
+    save(stack([open_image(folder / "sheet.png") for folder in folders]), root / "sheet.png")
