@@ -1,0 +1,396 @@
+"""The edit algebra against explicit softmax in float64: every operation, and random combinations."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlay import InputError, PluginError
+from inlay.edits import AttnEdits, SiteProgram
+from inlay.events import Probe, Rows
+
+TEXT, IMAGE, HEADS, WIDTH = 3, 5, 2, 4
+TOKENS = TEXT + IMAGE
+SPANS = {"text": slice(0, TEXT), "image": slice(TEXT, TOKENS), "all": slice(0, TOKENS)}
+ROWS = {"source/text": 1, "edit/null": 1, "edit/text": 2}
+
+
+@dataclass
+class Site:
+    """A joint site with a program, and the same computed with every map in full."""
+
+    ops: list = field(default_factory=list)  # (op, target, queries, options)
+    rows: dict = field(default_factory=lambda: dict(ROWS))
+    probes: list = field(default_factory=list)  # (name, branch, read, tokens)
+    mask: torch.Tensor | None = None
+    kv_heads: int = HEADS
+    seed: int = 0
+
+    def __post_init__(self):
+        g, n = torch.Generator().manual_seed(self.seed), sum(self.rows.values())
+        draw = lambda h: torch.randn(n, h, TOKENS, WIDTH, generator=g, dtype=torch.float64)  # noqa: E731
+        self.q, self.k, self.v = draw(HEADS), draw(self.kv_heads), draw(self.kv_heads)
+        self.slices = Rows.of(self.rows)
+        self.store = {}
+
+    def edits(self):
+        allowed = {(p, op, target, o.get("from_", "")) for p, op, target, _, o in self.named()}
+        edits = AttnEdits(frozenset(allowed), "a test", tuple(self.rows))
+        for plugin, op, target, queries, options in self.named():
+            edits.owner = plugin
+            getattr(edits.on(target, queries), op)(**options)
+        return edits.by_branch
+
+    def named(self):
+        for op, target, queries, options in self.ops:
+            options = dict(options)
+            yield options.pop("plugin", "p"), op, target, queries, options
+
+    def program(self):
+        named = {key: SPANS[key] for key in ("text", "image")}
+        probes = [
+            Probe(name, "p", branch, read, frozenset({"s"}), frozenset({0}), tokens)
+            for name, branch, read, tokens in self.probes
+        ]
+        words = {name: tokens for name, _, _, tokens in self.probes}
+        spans = lambda q, k: (named, named)  # noqa: E731
+        return SiteProgram("s", self.slices, self.edits(), probes, words, spans, self.store)
+
+    def run(self, **extra):
+        sdpa = F.scaled_dot_product_attention
+        return self.program()(sdpa, self.q, self.k, self.v, self.mask, **extra)
+
+    def explicit(self):
+        """Output `R h n d` and per branch the map before `scale`, `b h n m`, all by definition."""
+        group = HEADS // self.kv_heads
+        k, v = (repeat(x, "b h n d -> b (h g) n d", g=group) for x in (self.k, self.v))
+        out, maps = torch.zeros_like(self.q), {}
+        for branch, rows in self.slices.items():
+            maps[branch] = {}
+            for query in range(TOKENS):
+                span = "text" if query < TEXT else "image"
+                p, o = self._query(k, v, branch, rows, query, span)
+                maps[branch][query] = p
+                out[rows, :, query] = o
+        return out, maps
+
+    def _query(self, k, v, branch, rows, query, span):
+        """One query token of one branch: its probabilities `b h m` and output `b h d`."""
+        lane, role = branch.split("/")
+        acting = [
+            (op, options)
+            for _, op, target, queries, options in self.named()
+            if target in (branch, lane) and queries in ("all", span)
+        ]
+        q, own_v = self.q[rows, :, query], v[rows].clone()
+        logits = torch.einsum("b h d, b h n d -> b h n", q, k[rows]) / math.sqrt(WIDTH)
+        added, extra_v = [], []
+        mine = self._mask(rows, query)
+        for op, o in acting:
+            if op == "append":
+                from_ = f"{o['from_']}/{role}"
+                source = self.slices[from_ if from_ in self.slices else f"{o['from_']}/text"]
+                at = SPANS[o["keys"]]
+                theirs = torch.einsum("b h d, b h n d -> b h n", q, k[source][:, :, at])
+                theirs = theirs / math.sqrt(WIDTH) * o.get("gain", 1.0)
+                value = v[source][:, :, at].expand(q.shape[0], -1, -1, -1)
+                if o.get("how") == "sum":
+                    logits[..., at] = o.get("own", 1.0) * logits[..., at] + theirs
+                    summed = o.get("own", 1.0) * own_v[:, :, at] + o.get("gain", 1.0) * value
+                    own_v[:, :, at] = summed
+                else:
+                    added.append(theirs + self._mask(source, query)[..., at])
+                    extra_v.append(value)
+        for op, o in acting:
+            if op == "gain":
+                logits[..., self._at(o["keys"])] *= o["gain"]
+        logits = logits + mine
+        for op, o in acting:
+            if op == "scale" and o.get("renorm"):
+                logits[..., self._at(o["keys"])] += math.log(o["weight"])
+        p = torch.cat([logits, *added], dim=-1).softmax(-1)
+        weights = torch.ones_like(p)
+        for op, o in acting:
+            if op == "scale" and not o.get("renorm"):
+                weights[..., self._at(o["keys"])] *= o["weight"]
+        values = torch.cat([own_v, *extra_v], dim=2)
+        return p, torch.einsum("b h m, b h m d -> b h d", p * weights, values)
+
+    def _mask(self, rows, query):
+        if self.mask is None:
+            return torch.zeros(1, 1, TOKENS, dtype=torch.float64)
+        shape = (self.q.shape[0], 1, TOKENS, TOKENS)
+        mask = self.mask.expand(*shape)[rows, :, query]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)
+        return mask
+
+    @staticmethod
+    def _at(keys):
+        return SPANS[keys] if isinstance(keys, str) else list(keys)
+
+
+def assert_exact(site, tolerance=1e-12):
+    expected, maps = site.explicit()
+    torch.testing.assert_close(site.run(), expected, rtol=0, atol=tolerance)
+    return maps
+
+
+MASKS = {
+    "none": None,
+    "keys": torch.randn(1, 1, 1, TOKENS, generator=torch.Generator().manual_seed(1)).double(),
+    "rows": torch.randn(4, 1, 1, TOKENS, generator=torch.Generator().manual_seed(2)).double(),
+    "full": torch.randn(1, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(3)).double(),
+    "bool": torch.tensor([True] * 6 + [False, True])[None, None, None],
+    "causal": torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None],
+}
+KEYS = ["all", "text", "image", (0,), (0, 2)]
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("queries", ["all", "text", "image"])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_scale_multiplies_columns_of_the_map(keys, queries, renorm):
+    op = ("scale", "edit", queries, {"keys": keys, "weight": 2.5, "renorm": renorm})
+    assert_exact(Site([op]))
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("queries", ["all", "text", "image"])
+def test_gain_multiplies_logits(keys, queries):
+    assert_exact(Site([("gain", "edit", queries, {"keys": keys, "gain": 1.3})]))
+
+
+@pytest.mark.parametrize("keys", ["all", "text", "image"])
+@pytest.mark.parametrize("how", ["join", "sum"])
+def test_append_attends_to_another_lane(keys, how):
+    options = {"from_": "source", "keys": keys, "gain": 1.2, "how": how, "own": 0.8}
+    assert_exact(Site([("append", "edit", "all", options)]))
+
+
+def test_append_takes_the_same_role_where_the_source_has_it():
+    rows = {"source/null": 1, "source/text": 1, "edit/null": 1, "edit/text": 1}
+    assert_exact(Site([("append", "edit", "all", {"from_": "source", "keys": "image"})], rows))
+
+
+def test_a_branch_can_be_edited_alone():
+    site = Site([("gain", "edit/text", "all", {"keys": "all", "gain": 1.5})])
+    assert_exact(site)
+    plain = Site().run()
+    null, text = site.slices["edit/null"], site.slices["edit/text"]
+    assert torch.equal(site.run()[null], plain[null])
+    assert not torch.allclose(site.run()[text], plain[text])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_are_added_to_and_never_dropped(mask):
+    ops = [
+        ("append", "edit", "image", {"from_": "source", "keys": "image", "gain": 1.1}),
+        ("gain", "edit", "all", {"keys": "text", "gain": 1.2}),
+        ("scale", "edit/text", "all", {"keys": "text", "weight": 0.5, "renorm": True}),
+    ]
+    assert_exact(Site(ops, mask=MASKS[mask]))
+
+
+def test_grouped_query_attention_is_expanded():
+    site = Site([("append", "edit", "all", {"from_": "source", "keys": "image"})], kv_heads=1)
+    expected, _ = site.explicit()
+    torch.testing.assert_close(site.run(enable_gqa=True), expected, rtol=0, atol=1e-12)
+
+
+def test_causal_attention_keeps_its_mask():
+    ops = [("gain", "edit", "all", {"keys": "all", "gain": 1.5})]
+    expected, _ = Site(ops, mask=MASKS["causal"]).explicit()
+    torch.testing.assert_close(Site(ops).run(is_causal=True), expected, rtol=0, atol=1e-12)
+
+
+def test_rows_without_edits_are_untouched_bit_for_bit():
+    site = Site([("gain", "edit/text", "all", {"keys": "all", "gain": 1.5})])
+    rows = site.slices["source/text"]
+    sdpa = F.scaled_dot_product_attention
+    assert torch.equal(site.run()[rows], sdpa(site.q[rows], site.k[rows], site.v[rows]))
+
+
+operations = st.one_of(
+    st.tuples(
+        st.just("scale"),
+        st.sampled_from(["edit", "edit/text", "edit/null", "source"]),
+        st.sampled_from(["all", "text", "image"]),
+        st.fixed_dictionaries(
+            {
+                "keys": st.sampled_from(KEYS),
+                "weight": st.floats(0.1, 3),
+                "renorm": st.booleans(),
+                "plugin": st.sampled_from("abc"),
+            }
+        ),
+    ),
+    st.tuples(
+        st.just("gain"),
+        st.sampled_from(["edit", "edit/text", "edit/null", "source"]),
+        st.sampled_from(["all", "text", "image"]),
+        st.fixed_dictionaries(
+            {
+                "keys": st.sampled_from(KEYS),
+                "gain": st.floats(0.2, 2),
+                "plugin": st.sampled_from("abc"),
+            }
+        ),
+    ),
+    st.tuples(
+        st.just("append"),
+        st.sampled_from(["edit", "edit/text", "edit/null"]),
+        st.sampled_from(["all", "text", "image"]),
+        st.fixed_dictionaries(
+            {
+                "from_": st.just("source"),
+                "keys": st.sampled_from(["all", "text", "image"]),
+                "gain": st.floats(0.2, 2),
+                "plugin": st.sampled_from("abc"),
+            }
+        ),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    ops=st.lists(operations, max_size=6),
+    summed=st.none() | st.floats(0.2, 2),
+    mask=st.sampled_from(sorted(MASKS)),
+    kv_heads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 5),
+)
+def test_random_combinations_compose_exactly(ops, summed, mask, kv_heads, seed):
+    if summed:
+        options = {"from_": "source", "keys": "image", "gain": summed, "own": 0.7, "how": "sum"}
+        ops = [("append", "edit", "image", options | {"plugin": "c"}), *ops]
+    probes = [
+        ("columns", "edit/text", "columns", (0, 2)),
+        ("rows", "edit/text", "rows", (1,)),
+    ]
+    site = Site(ops, probes=probes, mask=MASKS[mask], kv_heads=kv_heads, seed=seed)
+    expected, maps = site.explicit()
+    out = site.run(enable_gqa=kv_heads != HEADS)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
+    check_probes(site, maps)
+
+
+def check_probes(site, maps):
+    """What was read equals the explicit map: own tokens first, appended ones behind."""
+    image = torch.stack([maps["edit/text"][i].mean(1) for i in range(TEXT, TOKENS)], dim=1)
+    close = {"rtol": 0, "atol": 1e-11}
+    torch.testing.assert_close(site.store["columns"]["s"], image[..., [0, 2]], **close)
+    row = maps["edit/text"][1].mean(1)[:, None, SPANS["image"]]
+    torch.testing.assert_close(site.store["rows"]["s"], row, **close)
+
+
+@pytest.mark.parametrize(("read", "others"), [("columns", "text"), ("rows", "image")])
+def test_probe_sees_the_edits_of_its_own_queries_only(read, others):
+    """An edit on the text's queries leaves the map of the image's queries as it is."""
+    op = ("gain", "edit", others, {"keys": "all", "gain": 3.0})
+    edited = Site([op], probes=[("p", "edit/text", read, (0,))])
+    plain = Site(probes=[("p", "edit/text", read, (0,))])
+    edited.run(), plain.run()
+    assert torch.equal(edited.store["p"]["s"], plain.store["p"]["s"])
+
+
+def test_plugin_order_moves_no_bit():
+    ops = [
+        ("append", "edit", "all", {"from_": "source", "keys": "all", "how": "sum", "plugin": "c"}),
+        ("gain", "edit", "all", {"keys": "image", "gain": 1.7, "plugin": "a"}),
+        ("gain", "edit", "all", {"keys": "all", "gain": 1.1, "plugin": "b"}),
+        ("scale", "edit", "all", {"keys": "text", "weight": 3.1, "plugin": "d"}),
+    ]
+    forward, backward = Site(ops).run(), Site(ops[::-1]).run()
+    assert torch.equal(forward, backward)
+    assert_exact(Site(ops))
+
+
+def test_gradients_flow_through_edits_and_probes():
+    ops = [
+        ("append", "edit", "image", {"from_": "source", "keys": "image", "gain": 1.4}),
+        ("gain", "edit", "all", {"keys": "text", "gain": 1.2}),
+        ("scale", "edit/text", "image", {"keys": (1,), "weight": 2.0}),
+    ]
+    site = Site(ops, probes=[("columns", "edit/text", "columns", (0,))])
+    for tensor in (site.q, site.k, site.v):
+        tensor.requires_grad_()
+    weight = torch.randn(site.q.shape, generator=torch.Generator().manual_seed(4)).double()
+    inputs = (site.q, site.k, site.v)
+    expected, maps = site.explicit()
+    column = torch.stack([maps["edit/text"][i].mean(1)[:, 0] for i in range(TEXT, TOKENS)], 1)
+    explicit = torch.autograd.grad((expected * weight).sum() + column.square().sum(), inputs)
+    loss = (site.run() * weight).sum() + site.store["columns"]["s"].square().sum()
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), explicit, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_gains_may_be_tensors_that_receive_gradients():
+    gain = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    site = Site([("gain", "edit", "all", {"keys": "image", "gain": gain})])
+    value = lambda g: Site([("gain", "edit", "all", {"keys": "image", "gain": g})])  # noqa: E731
+    (slope,) = torch.autograd.grad(site.run().square().sum(), gain)
+    up, down = value(1.3 + 1e-5).run(), value(1.3 - 1e-5).run()
+    numeric = (up.square().sum() - down.square().sum()) / 2e-5
+    torch.testing.assert_close(slope, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_no_map_is_ever_materialised():
+    """No tensor of N x N elements is made, whatever is edited or read."""
+    ops = [
+        ("append", "edit", "image", {"from_": "source", "keys": "image"}),
+        ("scale", "edit", "all", {"keys": "text", "weight": 0.5, "renorm": True}),
+    ]
+    site = Site(ops, probes=[("columns", "edit/text", "columns", (0,))])
+    with Largest() as seen:
+        site.run()
+    heads = rearrange(site.k, "b h n d -> b (h n d)").shape[1]
+    assert seen.elements <= site.q.shape[0] * 2 * heads
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the largest tensor any operation returned, the fused attention's own included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_an_undeclared_edit_is_refused():
+    edits = AttnEdits(frozenset({("p", "gain", "edit", "")}), "site s", ("edit/text",), "p")
+    edits.on("edit").gain("all", 2.0)
+    with pytest.raises(PluginError, match=r"site s: p emitted an undeclared edit: scale on edit"):
+        edits.on("edit").scale("all", 2.0)
+
+
+def test_edits_of_queries_that_a_site_has_not_are_refused():
+    site = Site([("gain", "edit", "text", {"keys": "image", "gain": 2.0})])
+    program = site.program()
+    program.spans = lambda q, k: ({"image": slice(0, q)}, {"image": slice(0, k)})
+    with pytest.raises(PluginError, match="edits text queries, which this site has not"):
+        program(F.scaled_dot_product_attention, site.q, site.k, site.v)
+
+
+def test_sharing_needs_one_source_row_or_as_many_as_there_are_pictures():
+    rows = {"source/text": 2, "edit/text": 3}
+    site = Site([("append", "edit", "all", {"from_": "source", "keys": "all"})], rows)
+    with pytest.raises(InputError, match="cannot share 2 source rows with 3 rows"):
+        site.run()
+
+
+def test_a_probe_holds_as_many_words_as_a_head_is_wide():
+    wide = tuple(range(WIDTH + 1))
+    site = Site(probes=[("columns", "edit/text", "columns", wide)])
+    with pytest.raises(PluginError, match="cannot read columns of 5 text tokens at this site"):
+        site.run()
