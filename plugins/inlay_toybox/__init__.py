@@ -1,0 +1,17 @@
+"""The toybox: a miniature world and trained miniature models, usable with stock diffusers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODELS: dict[str, str] = {
+    "flux": "text-to-image, FluxPipeline layout, 64 px",
+    "detector": "finds and masks the toybox's 32 classes",
+}
+
+
+def path(name: str) -> Path:
+    """Folder of a shipped model: ``path("flux")`` loads with ``FluxPipeline.from_pretrained``."""
+    if name not in MODELS:
+        raise KeyError(f"no toybox model {name!r}; there are: {', '.join(MODELS)}")
+    return Path(__file__).parent / "models" / name

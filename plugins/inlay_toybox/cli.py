@@ -1,0 +1,116 @@
+"""The command ``inlay-toybox``: draw scenes, train the models, measure them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+RECIPES = ("vae", "flux", "detector")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "inlay-toybox", description="The toybox: a miniature world and its models."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="render | train | quality")
+    render = verbs.add_parser("render", help="draw scenes on a sheet")
+    render.add_argument("--n", type=int, default=40, help="number of scenes")
+    render.add_argument("--seed", type=int, default=0, help="seed of the first scene")
+    render.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
+    render.add_argument("--out", type=Path, default=Path("sheet.png"))
+    render.add_argument("--captions", action="store_true", help="print the captions as well")
+    train = verbs.add_parser("train", help="train a model, or train it further")
+    train.add_argument("name", choices=RECIPES)
+    train.add_argument(
+        "--minutes", type=float, default=60.0, help="wall-clock budget of the whole schedule"
+    )
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    train.add_argument("--out", type=Path, default=None, help="default: outputs/toybox/NAME")
+    train.add_argument("--size", type=int, default=None, help="default: 64, on an accelerator 128")
+    train.add_argument("--vae", type=Path, default=None, help="default: the shipped one")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from --out, or else from the shipped weights"
+    )
+    quality = verbs.add_parser("quality", help="measure the shipped models")
+    quality.add_argument("--n", type=int, default=200, help="number of unseen prompts and scenes")
+    quality.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _render(args: argparse.Namespace) -> None:
+    from inlay_toybox import world
+
+    scenes = [world.sample(args.seed + i, held_out=True) for i in range(args.n)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    world.sheet(scenes, args.size).save(args.out)
+    if args.captions:
+        print("\n".join(scene.caption for scene in scenes))
+    print(args.out)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from inlay_toybox import path, train_detector, train_flux, train_vae, training
+
+    out = args.out or Path("outputs/toybox") / args.name
+    device = training.pick_device(args.device)
+    accelerated = device.type == "cuda"
+    size = args.size or (128 if accelerated else 64)
+    vae = args.vae or path("flux") / "vae"
+    if args.name == "vae":
+        start = path("flux") / "vae" if args.resume else None
+        folder = train_vae.train(args.minutes, out, device, size, args.resume, start)
+    elif args.name == "flux":
+        start = path("flux") if args.resume else None
+        batch = 256 if accelerated else 48
+        folder = train_flux.train(
+            args.minutes,
+            out,
+            device,
+            size,
+            args.resume,
+            start,
+            vae,
+            batch,
+            compiled=args.minutes > 20,
+        )
+    else:
+        start = path("detector") if args.resume else None
+        folder = train_detector.train(args.minutes, out, device, args.resume, start, vae)
+    print(folder)
+
+
+def _quality(args: argparse.Namespace) -> None:
+    from diffusers import FluxPipeline
+
+    from inlay_toybox import path, quality
+
+    pipe = FluxPipeline.from_pretrained(path("flux"))
+    tables = {
+        "toybox/flux, objects drawn": quality.object_accuracy(pipe, args.n, args.seed),
+        "detector on renders": quality.detector_accuracy(args.n, args.seed),
+        "detector after the autoencoder": quality.detector_accuracy(
+            args.n, args.seed, vae=pipe.vae
+        ),
+    }
+    for title, shares in tables.items():
+        print(title)
+        for key, share in shares.items():
+            print(f"  {key:10s} {share}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code (2 for a mistake in the arguments)."""
+    args = _parser().parse_args(argv)
+    try:
+        {"render": _render, "train": _train, "quality": _quality}[args.verb](args)
+    except (OSError, ValueError) as error:
+        print(f"inlay-toybox {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Recipe of the text-to-image model: stock ``FluxTransformer2DModel`` with small CLIP and T5
+encoders.
+
+Scenes are rendered and encoded once into a cache of latents; text encoders and transformer are
+trained together on the rectified-flow loss, with objects weighted, captions dropped one time in
+ten, and a random guidance embedding (which therefore means nothing until ``train_distil`` gives it
+a meaning).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from inlay_toybox import text, training, world
+from inlay_toybox.training import UNSEEN, Average, Clock, Log, Optimisers
+
+CAPTION_DROPOUT = 0.1
+OBJECT_WEIGHT = 2.0
+GUIDANCE = (1.0, 5.0)
+SETTINGS = {
+    "height": 64,
+    "width": 64,
+    "max_sequence_length": text.TOKENS,
+    "num_inference_steps": 28,
+    "true_cfg_scale": 3.0,
+    "guidance_scale": 1.0,
+    "negative_prompt": "",
+}
+"""How to sample from the model; written beside the weights as ``settings.json``."""
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """A fresh transformer over packed latents ``[b, tokens, 32]``."""
+    return FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=8,
+        joint_attention_dim=text.WIDTH,
+        pooled_projection_dim=text.WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def build(vae: AutoencoderKL) -> FluxPipeline:
+    """A pipeline of fresh models around a trained autoencoder."""
+    lines = text.corpus()
+    clip, t5 = text.clip_tokenizer(lines), text.t5_tokenizer(lines)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return FluxPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text.clip_encoder(clip),
+        tokenizer=clip,
+        text_encoder_2=text.t5_encoder(t5),
+        tokenizer_2=t5,
+        transformer=build_transformer(),
+    )
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Encoded scenes. latents: float16 ``[n, tokens, 32]``, packed, zero mean, unit variance;
+    objects: uint8 ``[n, tokens]``, share of the token inside an object times 255; captions:
+    wordings of each scene."""
+
+    latents: torch.Tensor
+    objects: torch.Tensor
+    captions: list[list[str]]
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Pictures ``[b, 3, s, s]`` in 0..1 to packed latents ``[b, (s/8)^2, 32]``."""
+    latents = vae.encode(images.to(vae.dtype) * 2 - 1).latent_dist.mode().float()
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def make_cache(
+    folder: Path, vae: AutoencoderKL, n: int, size: int, device: torch.device, chunk: int = 250
+) -> Cache:
+    """Render and encode the scenes of seeds 0 to n - 1, or read them back from ``folder``."""
+    tensors, words = folder / f"latents-{size}.safetensors", folder / f"captions-{size}.json"
+    if not (tensors.exists() and words.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        latents, objects, captions = [], [], []
+        for first in range(0, n, chunk):
+            data = training.batch(range(first, min(n, first + chunk)), size)
+            with torch.autocast(device.type, torch.bfloat16):
+                latents.append(encode(vae, data.images.to(device)).half().cpu())
+            share = F.avg_pool2d(data.objects, 8).flatten(1)
+            objects.append((share * 255).round().byte())
+            captions += [text.wordings(s, first + i) for i, s in enumerate(data.scenes)]
+        words.write_text(json.dumps(captions))
+        save_file({"latents": torch.cat(latents), "objects": torch.cat(objects)}, tensors)
+        print(f"cached {len(captions)} scenes", flush=True)
+    stored = load_file(tensors)
+    return Cache(stored["latents"], stored["objects"], json.loads(words.read_text()))
+
+
+class Model(nn.Module):
+    """Text encoders and transformer as one differentiable function."""
+
+    def __init__(self, pipe: FluxPipeline, side: int) -> None:
+        super().__init__()
+        self.clip, self.t5, self.flow = pipe.text_encoder, pipe.text_encoder_2, pipe.transformer
+        rows = torch.arange(side).repeat_interleave(side)
+        ids = torch.stack([torch.zeros(side * side), rows, torch.arange(side).repeat(side)], -1)
+        self.register_buffer("img_ids", ids, persistent=False)
+        self.register_buffer("txt_ids", torch.zeros(text.TOKENS, 3), persistent=False)
+
+    def encode(self, clip: torch.Tensor, t5: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids ``[b, TOKENS]`` each to the pooled ``[b, WIDTH]`` and the sequence ``[b,
+        TOKENS, WIDTH]``.
+        """
+        return self.clip(clip).pooler_output, self.t5(t5).last_hidden_state
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        guidance: torch.Tensor,
+        pooled: torch.Tensor,
+        words: torch.Tensor,
+    ) -> torch.Tensor:
+        """The velocity ``noise - data`` at ``x`` ``[b, tokens, 32]`` and noise level ``sigma``
+        ``[b]``.
+        """
+        return self.flow(
+            hidden_states=x,
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=pooled,
+            encoder_hidden_states=words,
+            txt_ids=self.txt_ids,
+            img_ids=self.img_ids,
+            return_dict=False,
+        )[0]
+
+
+def tokenise(
+    pipe: FluxPipeline, captions: list[str], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP and T5 ids, ``[b, TOKENS]`` each, padded as the stock pipeline pads them."""
+    how = {"padding": "max_length", "max_length": text.TOKENS, "truncation": True}
+    clip = pipe.tokenizer(captions, return_tensors="pt", **how).input_ids
+    t5 = pipe.tokenizer_2(captions, return_tensors="pt", **how).input_ids
+    return clip.to(device), t5.to(device)
+
+
+def noise_levels(n: int, device: torch.device) -> torch.Tensor:
+    """Sigmas: logit-normal around the middle, one in ten uniform."""
+    sigma = torch.sigmoid(0.2 + torch.randn(n, device=device))
+    uniform = torch.rand(n, device=device)
+    return torch.where(torch.rand(n, device=device) < 0.1, uniform, sigma).clamp(0.002, 0.999)
+
+
+def samples(
+    cache: Cache, size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+    """Endless shuffled batches: latents, object shares, captions (some of them empty)."""
+    n = len(cache.captions)
+    while True:
+        for rows in torch.randperm(n).split(size):
+            if len(rows) < size:
+                break
+            which = torch.randint(4, (size,)).tolist()
+            drop = (torch.rand(size) < CAPTION_DROPOUT).tolist()
+            captions = [
+                "" if d else cache.captions[i][w]
+                for i, w, d in zip(rows.tolist(), which, drop, strict=True)
+            ]
+            shares = cache.objects[rows].to(device).float() / 255
+            yield cache.latents[rows].to(device).float(), shares, captions
+
+
+def save(pipe: FluxPipeline, folder: Path, size: int) -> None:
+    """Write the pipeline in bfloat16, in the stock layout, with the recommended settings."""
+    held = {k: m.dtype for k, m in pipe.components.items() if isinstance(m, nn.Module)}
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    for key, dtype in held.items():
+        getattr(pipe, key).to(dtype)
+    settings = SETTINGS | {"height": size, "width": size}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def preview(pipe: FluxPipeline, file: Path, size: int, n: int = 24) -> None:
+    """Pictures of unseen captions, for the eye."""
+    captions = [world.sample(UNSEEN + i, True, 1 + i % 2).caption for i in range(n)]
+    pipe.set_progress_bar_config(disable=True)
+    settings = SETTINGS | {"height": size, "width": size, "num_inference_steps": 16}
+    out = pipe(
+        captions,
+        **settings | {"negative_prompt": [""] * n},
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    training.save_grid(out.float(), file)
+
+
+def train(
+    minutes: float,
+    out: Path,
+    device: torch.device,
+    size: int = 64,
+    resume: bool = False,
+    start: Path | None = None,
+    vae: Path | None = None,
+    batch_size: int = 48,
+    scenes: int = 60_000,
+    compiled: bool = False,
+    report_every: int = 100,
+) -> Path:
+    """Train, or go on training.
+
+    Args:
+        minutes: wall-clock budget of the whole schedule.
+        out: folder for cache, state, loss curve and sample grid; the model is written to
+            ``out/flux``.
+        device: where to train.
+        size: side of the pictures in pixels: 64 for 64 image tokens, 128 for 256.
+        resume: go on from ``out``, or else from the weights in ``start``.
+        start: a pipeline in the stock layout, usually the shipped one.
+        vae: folder of the autoencoder; by default the one in ``start``.
+        batch_size: scenes per step.
+        scenes: size of the cache.
+        compiled: run the transformer through ``torch.compile``: a minute at the start, 15 % per
+            step.
+        report_every: steps between two lines of the log; state and sample grid every fifth of them.
+
+    Returns:
+        The pipeline's folder.
+    """
+    torch.manual_seed(0)
+    if resume and start:
+        pipe = FluxPipeline.from_pretrained(start, torch_dtype=torch.float32)
+    else:
+        if vae is None and start is None:
+            raise ValueError("train the autoencoder first, or name a pipeline that has one")
+        pipe = build(AutoencoderKL.from_pretrained(vae or start / "vae"))
+    pipe.to(device)
+    pipe.vae.float().requires_grad_(False)
+    model = Model(pipe, size // 8).to(device)
+    cache = make_cache(out / "cache", pipe.vae, scenes, size, device)
+    average = Average({"clip": model.clip, "t5": model.t5, "flow": model.flow})
+    step, spent = training.load_state(out, average) if resume else (0, 0.0)
+    torch.manual_seed(step)
+    optimisers = Optimisers(model.named_parameters())
+    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
+    flow = torch.compile(model) if compiled else model
+    batches = samples(cache, batch_size, device)
+    while clock.done < 1:
+        x0, shares, captions = next(batches)
+        noise, sigma = torch.randn_like(x0), noise_levels(batch_size, device)
+        guidance = torch.empty_like(sigma).uniform_(*GUIDANCE)
+        level = sigma[:, None, None]
+        with torch.autocast(device.type, torch.bfloat16):
+            texts = model.encode(*tokenise(pipe, captions, device))
+            velocity = flow((1 - level) * x0 + level * noise, sigma, guidance, *texts)
+        weight = (1 + OBJECT_WEIGHT * shares)[..., None]
+        error = (velocity.float() - (noise - x0)).square()
+        loss = (weight * error).mean() / weight.mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimisers.step(training.learning_rate(clock.done, step - begun))
+        average.update()
+        log.add(float(loss.detach()))
+        step += 1
+        if step % report_every == 0:
+            log.report(step, clock.elapsed)
+        if step % (5 * report_every) == 0:
+            training.save_state(out, average, step, clock.elapsed)
+            average.swap()
+            preview(pipe, out / "samples.png", size)
+            average.swap()
+    training.save_state(out, average, step, clock.elapsed)
+    average.swap()
+    preview(pipe, out / "samples.png", size)
+    save(pipe, out / "flux", size)
+    return out / "flux"
