@@ -1,35 +1,32 @@
-"""inlay: a plugin-based research framework for editing pictures with diffusion models. This is the one public import."""
+"""inlay: a plugin-based research framework for editing pictures with diffusion models.
 
-from __future__ import annotations
+The one public import. Names load when first used, since `inlay --help` must not need torch.
+"""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .edits import AttnEdits
-    from .errors import ConfigError, InlayError, InputError, ModelError, PlanConflict, PluginError, SeamMissed
-    from .events import AttnSite, Cond, Lane, ModelCall, Plugin, Preds, Result, Step, Window
+    from .errors import ConfigError, InlayError, InputError, ModelError
+    from .errors import PlanConflict, PluginError, SeamMissed
+    from .events import AttnSite, Cond, Lane, Plugin, Result, Rows, Step, Window
     from .frames import Frame
     from .hookspecs import hookimpl
     from .plan import Needs, Plan
     from .session import Run, Session, run
 
-_HOME = {
-    "edits": ("AttnEdits",),
-    "errors": ("ConfigError", "InlayError", "InputError", "ModelError", "PlanConflict", "PluginError", "SeamMissed"),
-    "events": ("AttnSite", "Cond", "Lane", "ModelCall", "Plugin", "Preds", "Result", "Step", "Window"),
-    "frames": ("Frame",),
-    "hookspecs": ("hookimpl",),
-    "plan": ("Needs", "Plan"),
-    "session": ("Run", "Session", "run"),
-}
-_WHERE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_WHERE)  # noqa: PLE0605
+__all__ = [
+    "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "InlayError", "InputError", "Lane",
+    "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
+    "SeamMissed", "Session", "Step", "Window", "hookimpl", "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: `inlay --help` must not import torch."""
-    if name in _WHERE:
-        from importlib import import_module
-
-        return getattr(import_module(f"inlay.{_WHERE[name]}"), name)
+    homes = ("errors", "hookspecs", "events", "frames", "edits", "plan", "session")
+    for home in homes if name in __all__ else ():
+        module = import_module(f"inlay.{home}")
+        if name in vars(module):
+            return vars(module)[name]
     raise AttributeError(f"module 'inlay' has no attribute {name!r}")

@@ -104,7 +104,7 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
 
 
 def data_path(name: str) -> Path:
-    """`registry.yaml` or `experiments`: beside the package in a wheel, else at the root of a clone."""
+    """`registry.yaml`, `experiments`: beside the package in a wheel, at the root of a clone."""
     beside = Path(__file__).parent / name
     return beside if beside.exists() else Path(__file__).parents[2] / name
 
@@ -116,20 +116,20 @@ def experiments() -> list[str]:
 
 
 def expand_presets(plugins: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry named like a preset becomes that fragment's plugins, its options merged into them."""
+    """An entry named like a preset becomes that fragment's plugins, its options merged in."""
     expanded: dict[str, Any] = {}
     for name, values in plugins.items():
+        where, group = f"plugins.{name}", {name: values}
         if not isinstance(values, Mapping | None):
-            where, fix = f"plugins.{name}", "Options are a mapping: {option: value}."
-            raise ConfigError(f"{values!r} is not a plugin's options", where=where, fix=fix)
-        group = {name: values}
+            raise ConfigError(f"{values!r} is no mapping of options", where=where)
         if f"presets/{name}" in experiments():
             fragment = read_yaml(data_path("experiments") / "presets" / f"{name}.yaml").plugins
-            merged = _merge(fragment, OmegaConf.create(values or {}), f"plugins.{name}")
-            group = {k: OmegaConf.to_container(v) for k, v in merged.items() if v is not None}
+            merged = _merge(fragment, OmegaConf.create(dict(values or {})), where)
+            options: Any = OmegaConf.to_container(merged)
+            group = {k: v for k, v in options.items() if v is not None}
         for key in expanded.keys() & group.keys():
-            fix = f"Set it once, or give the second a name of its own and `use: {key}`."
-            raise ConfigError(f"plugin '{key}' is listed twice", where=f"plugins.{name}", fix=fix)
+            fix = f"Name the second otherwise and write `use: {key}` under it."
+            raise ConfigError(f"plugin '{key}' is listed twice", where=where, fix=fix)
         expanded |= group
     return expanded
 
@@ -137,7 +137,7 @@ def expand_presets(plugins: Mapping[str, Any]) -> dict[str, Any]:
 def parse_plugin_config(cls: type, values: Mapping[str, Any] | None, where: str) -> Any:
     """An instance of the plugin's nested `Config`; unknown keys, wrong types are refused."""
     schema = OmegaConf.structured(cls.Config)  # type: ignore[attr-defined]
-    options = OmegaConf.create({k: v for k, v in (values or {}).items() if k != "use"})
+    options = OmegaConf.create({str(k): v for k, v in (values or {}).items() if k != "use"})
     return _to_object(_merge(schema, options, where), where)
 
 
@@ -145,17 +145,13 @@ def read_yaml(path: Path) -> DictConfig:
     """A YAML mapping, read safely: no tag builds objects, no alias explodes, no key comes twice."""
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
-            raise ConfigError(f"more than {MAX_YAML_BYTES >> 20} MiB of YAML", where=str(path))
-        events = yaml.parse(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-        if any(isinstance(event, yaml.AliasEvent) for event in events):
-            raise ConfigError("YAML aliases are not used here", where=str(path))
-        node = OmegaConf.load(path)
+            raise ValueError(f"more than {MAX_YAML_BYTES >> 20} MiB")
+        if not isinstance(node := OmegaConf.load(path), DictConfig):
+            raise ValueError("not a mapping of keys to values")
+        return node
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         message = " ".join(str(error).split())
         raise ConfigError(f"cannot be read: {message}", where=str(path)) from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError("not a mapping of keys to values", where=str(path))
-    return node
 
 
 def suggest(name: str, known: Iterable[Any]) -> str:
@@ -202,11 +198,10 @@ def _override(text: str) -> tuple[str, DictConfig]:
 def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:
     config: DictConfig = OmegaConf.structured(Experiment)
     for file, layer in layers:
-        listed = set(config.plugins)
-        for key in ("prompt", "input", "plugins", "resolve"):
-            if key in layer and not isinstance(layer[key], DictConfig):
+        for key in layer.keys() & {"prompt", "input", "plugins", "resolve"}:
+            if not isinstance(layer[key], DictConfig):
                 raise ConfigError("must be a mapping", where=_join(file, key), fix="{key: value}")
-        config = _merge(config, layer, file)
+        listed, config = config.plugins.keys(), _merge(config, layer, file)
         for name in [name for name, options in config.plugins.items() if options is None]:
             if name not in listed:
                 where = _join(file, f"plugins.{name}")
@@ -259,6 +254,6 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, _join(path, str(key)))
 
 
-def _join(where: str, key: str | None) -> str:
+def _join(where: str, key: Any) -> str:
     separator = ": " if where.endswith((".yaml", ".yml")) else "."
     return separator.join(filter(None, (where, key)))

@@ -1,15 +1,18 @@
-"""The events, typed, each with its contract. A plugin implements any of them with `@hookimpl` and takes only the arguments it uses."""
+"""The events, typed, each with its contract.
+
+A plugin implements any of them with `@hookimpl` and takes only the arguments that it uses.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .edits import AttnEdits
-    from .events import AttnSite, ModelCall, Preds, Result, Step
+    from .events import AttnSite, Result, Rows, Step
     from .plan import Needs
     from .session import Run
 
@@ -19,12 +22,12 @@ hookimpl = pluggy.HookimplMarker("inlay")
 
 @hookspec
 def inlay_declare(need: Needs) -> None:
-    """Say what the plugin needs: passes, lanes, edits, probes, board keys. No tensor exists yet. All plugins, in order."""
+    """Say what is needed: passes, lanes, edits, probes, board keys. No tensor exists yet."""
 
 
 @hookspec
 def inlay_prepare(run: Run) -> None:
-    """Before the first pass: prompts are encoded, the input picture is on the board. Publish what the loop will need."""
+    """Before the first pass; prompts are encoded, the input picture is on the board."""
 
 
 @hookspec
@@ -39,27 +42,29 @@ def inlay_pre_step(run: Run, step: Step) -> None:
 
 @hookspec
 def inlay_attention(run: Run, step: Step, site: AttnSite, edits: AttnEdits) -> None:
-    """Collect the edits of one subscribed site in one evaluation; called only inside the windows the plugin declared."""
+    """Collect the edits of one site in one evaluation; called only where they were declared."""
 
 
 @hookspec
-def inlay_inputs(run: Run, call: ModelCall) -> None:
-    """Fold: change call.kwargs, the keyword arguments of one denoiser call (extra channels or tokens)."""
+def inlay_inputs(run: Run, step: Step, rows: Rows, kwargs: dict[str, Any]) -> None:
+    """Fold: change kwargs of one denoiser call, its rows named by branch (extra channels, tokens)."""
 
 
 @hookspec(firstresult=True)
-def inlay_combine(run: Run, preds: Preds) -> Tensor | None:
-    """Predictions of a lane -> one model output. The first plugin that returns a tensor wins; default: guidance.cfg."""
+def inlay_combine(
+    run: Run, step: Step, lane: str, text: Tensor, null: Tensor | None, scale: float
+) -> Tensor | None:
+    """A lane's predictions -> one model output; the first tensor wins. Default: guidance.cfg."""
 
 
 @hookspec
 def inlay_denoised(run: Run, step: Step) -> None:
-    """Fold: replace step.x0[lane]. A lane whose x0 nobody writes is stepped with the untouched model output."""
+    """Fold: replace step.x0[lane]. Where nobody does, the model output is stepped untouched."""
 
 
 @hookspec
 def inlay_post_step(run: Run, step: Step) -> None:
-    """After the solver step. Fold: replace step.x_next[lane] (latent blending). step.probes is complete here."""
+    """After the solver step; step.probes is complete. Fold: replace step.x_next[lane] (blending)."""
 
 
 @hookspec

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import platform
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image, PngImagePlugin
-
-from inlay import images
-
-if TYPE_CHECKING:
-    from inlay.events import Result
+from PIL import Image
 
 PACKAGES = ("inlay", "torch", "diffusers", "transformers", "numpy", "pluggy")
 FORMAT = 1
@@ -43,36 +38,8 @@ def portable(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "experiment": experiment}
 
 
-def save_png(image: Image.Image, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
-    """Write the picture, the portable manifest in its text chunk `inlay`."""
-    text = PngImagePlugin.PngInfo()
-    if manifest:
-        text.add_itxt("inlay", json.dumps(portable(manifest), sort_keys=True))
-    images.save(image, path, pnginfo=text)
-
-
-def save_result(result: Result, folder: str | Path) -> None:
-    """images/LANE.png (LANE-0.png ... for several), masks/NAME.png, and manifest.json last."""
-    groups = [("images", lane, batch, result.manifest) for lane, batch in result.images.items()]
-    groups += [("masks", name, mask, None) for name, mask in result.board.of("mask")]
-    for kind, name, batch, manifest in groups:
-        for i, image in enumerate(pictures := images.to_pil(batch)):
-            file = f"{name}-{i}.png" if len(pictures) > 1 else f"{name}.png"
-            path = images.safe_join(Path(folder, kind), file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(image, path, manifest)
-    write_json(result.manifest, Path(folder, "manifest.json"))
-
-
-def write_json(data: Any, path: Path) -> None:
-    """Write beside, then rename."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def hash_image(image: Image.Image) -> str:
-    """sha256 of size and decoded RGB pixels: the same picture in another format is the same input."""
+    """sha256 of size and RGB pixels: the same picture in another format is the same input."""
     pixels = image.convert("RGB")
     return hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).hexdigest()
 
@@ -80,14 +47,11 @@ def hash_image(image: Image.Image) -> str:
 def hash_weights(folder: str | Path) -> str:
     """sha256 over a model's safetensors files, names and bytes; "" where there are none."""
     files = sorted(Path(folder).rglob("*.safetensors"))
-    stats = [(file, file.stat()) for file in files]
-    parts = [
-        (str(f.relative_to(folder)), _hash_file(f, s.st_size, s.st_mtime_ns)) for f, s in stats
-    ]
+    parts = [(str(file.relative_to(folder)), _hash_file(file, file.stat())) for file in files]
     return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else ""
 
 
 @cache
-def _hash_file(file: Path, size: int, modified: int) -> str:
+def _hash_file(file: Path, state: os.stat_result) -> str:  # `state` tells an overwritten file apart
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

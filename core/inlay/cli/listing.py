@@ -23,7 +23,7 @@ def plugins(
     if name is None:
         _show(registry.plugins(), ("summary", "tested", "maturity", "source"), as_json)
         return
-    cls = registry.plugin_class(name, where="plugins")
+    cls: Any = registry.plugin_class(name, where="plugins")
     options = {
         f.name: {"type": f.type, "default": _default(f)} for f in dataclasses.fields(cls.Config)
     }

@@ -48,7 +48,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point of the console script: one message and an exit code, never a traceback unasked."""
+    """The console script: one message and an exit code, no traceback unless asked for."""
     try:
         app()
     except SystemExit as ended:

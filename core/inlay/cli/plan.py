@@ -9,6 +9,7 @@ import typer
 
 from inlay import config
 from inlay.cli.listing import Json
+from inlay.cli.tables import plan_data
 
 
 def plan(
@@ -21,4 +22,4 @@ def plan(
     from inlay.session import plan_experiment
 
     decided = plan_experiment(loaded)
-    typer.echo(json.dumps(decided.as_dict(), indent=2) if as_json else str(decided))
+    typer.echo(json.dumps(plan_data(decided), indent=2) if as_json else str(decided))

@@ -12,9 +12,9 @@ import typer
 from PIL import Image
 
 from inlay import config, manifest, registry
+from inlay.backbones.images import open_image
 from inlay.config import Experiment
 from inlay.errors import InputError, ModelError
-from inlay.images import open_image
 
 MAX_BYTES = 1 << 20
 
@@ -28,7 +28,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         where, fix = f"input.{role}", f"Give the picture of the recorded run: input.{role}=PATH."
         if not Path(given).is_file():
             raise InputError(f"there is no file '{given}' here", where=where, fix=fix)
-        if manifest.hash_image(open_image(given, where)) != digest:
+        picture = open_image(given, where).convert("L" if role == "mask" else "RGB")
+        if manifest.hash_image(picture) != digest:
             raise InputError(f"'{given}' is not the recorded picture", where=where, fix=fix)
     model = registry.resolve_model(experiment.model)
     if Path(model).is_dir() and manifest.hash_weights(model) != record.get("weights"):

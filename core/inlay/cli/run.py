@@ -63,12 +63,13 @@ def _expand(names: list[str]) -> list[str]:
 
 
 def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
+    from inlay.backbones.images import save
     from inlay.cli.output import staged
     from inlay.cli.progress import Progress
     from inlay.cli.sheet import contact_sheet
-    from inlay.images import save
     from inlay.session import execute
 
+    _hush_loading_bars()
     with staged(folder) as stage:
         with Progress(quiet) as progress:
             result = execute(job, callback=progress.update)
@@ -79,8 +80,17 @@ def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
     return {"out": str(folder), "manifest": result.manifest}
 
 
+def _hush_loading_bars() -> None:
+    """One progress bar is enough: the run's own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _stack_sheets(folders: list[Path], root: Path) -> None:
+    from inlay.backbones.images import open_image, save
     from inlay.cli.sheet import stack
-    from inlay.images import open_image, save
 
     save(stack([open_image(folder / "sheet.png") for folder in folders]), root / "sheet.png")

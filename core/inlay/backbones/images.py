@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
 
 from inlay.errors import InputError
+from inlay.manifest import portable
 
-if TYPE_CHECKING:  # torch takes seconds to import; a bad picture should not
-    from torch import Tensor
+if TYPE_CHECKING:
+    from inlay.events import Result
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
+LANCZOS = Image.Resampling.LANCZOS
 
 
 def open_image(path: str | Path, where: str = "input.image") -> Image.Image:
@@ -26,7 +33,7 @@ def open_image(path: str | Path, where: str = "input.image") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            image = Image.open(path, formats=FORMATS)
+            image: Image.Image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
         image = ImageOps.exif_transpose(image)
@@ -46,10 +53,22 @@ def open_image(path: str | Path, where: str = "input.image") -> Image.Image:
         raise InputError(f"'{path}' cannot be read: {error}", where=where, fix=formats) from error
 
 
+def as_picture(value: Any, where: str, mode: str = "RGB") -> Image.Image | None:
+    """A path, a PIL picture or a tensor `1 c h w` in 0..1 as a PIL picture; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = to_pil(value)[0]
+    elif isinstance(value, str | Path):
+        value = open_image(value, where)
+    if not isinstance(value, Image.Image):
+        fix = "Give a path, a PIL picture or a tensor."
+        raise InputError(f"{type(value).__name__} is no picture", where=where, fix=fix)
+    return value.convert(mode)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB or L to float32 `1 c h w` in 0..1."""
-    import torch
-
     array = np.atleast_3d(np.asarray(image, dtype=np.float32) / 255)
     return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
 
@@ -61,11 +80,35 @@ def to_pil(images: Tensor) -> list[Image.Image]:
             for array in arrays.numpy()]  # fmt: skip
 
 
-def save(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write beside, then rename: the file is whole or not there."""
+def save(image: Image.Image, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG, the portable manifest in its text chunk `inlay`."""
+    text = PngImagePlugin.PngInfo()
+    if manifest:
+        text.add_itxt("inlay", json.dumps(portable(manifest), sort_keys=True))
+    with whole(path) as partial:
+        image.save(partial, format="PNG", pnginfo=text)
+
+
+def save_result(result: Result, folder: str | Path) -> None:
+    """images/LANE.png (LANE-0.png ... for several), masks/NAME.png, and manifest.json last."""
+    lanes = [("images", lane, batch) for lane, batch in result.images.items()]
+    for kind, name, batch in [*lanes, *(("masks", *item) for item in result.board.of("mask"))]:
+        for i, image in enumerate(pictures := to_pil(batch)):
+            file = f"{name}-{i}.png" if len(pictures) > 1 else f"{name}.png"
+            path = safe_join(Path(folder, kind), file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(image, path, result.manifest if kind == "images" else None)
+    with whole(Path(folder, "manifest.json")) as partial:
+        text = json.dumps(result.manifest, indent=2, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, renamed at the end: `path` is whole or not there."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        image.save(partial, format="PNG", **options)
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+"""What inlay knows about diffusers schedulers: choosing one, tabulating its frames, driving a lane."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import suggest
+from ..errors import ConfigError, ModelError
+from ..events import Lane
+from ..frames import Frame
+
+TESTED = "DDIM, DDPM, Euler, Euler ancestral, DPM++ multistep, UniPC, PNDM, FlowMatchEuler"
+
+
+def choose(own: Any, wanted: Any, flow: bool) -> Any:
+    """The pipeline's own scheduler, an instance, or a diffusers class by name with its configuration.
+
+    Raises ConfigError for an unknown name and for one that solves another kind of model.
+    """
+    if wanted is None or wanted == type(own).__name__:
+        return own
+    if isinstance(wanted, str):
+        import diffusers
+
+        known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
+        if wanted not in known:
+            fix = suggest(wanted, known)
+            raise ConfigError(f"no scheduler '{wanted}'", where="scheduler", fix=fix)
+        flows = flow and not wanted.startswith("FlowMatch")
+        extra = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if flows else {}
+        try:
+            wanted = getattr(diffusers, wanted).from_config(own.config, **extra)
+        except (ImportError, KeyError, TypeError, ValueError) as error:
+            problem = f"{wanted} cannot be built for this model: {' '.join(str(error).split())}"
+            raise ConfigError(problem, where="scheduler", fix=f"Use one of {TESTED}.") from error
+    if not _is_solver(wanted):
+        problem = f"{type(wanted).__name__} does not step from (output, t, x) alone"
+        raise ConfigError(problem, where="scheduler", fix=f"Use one of {TESTED}.")
+    if is_flow(wanted) != flow:
+        kind, fix = "flow" if flow else "diffusion", f"Use {type(own).__name__}."
+        problem = f"{type(wanted).__name__} does not solve a {kind} model"
+        raise ConfigError(problem, where="scheduler", fix=fix)
+    return wanted
+
+
+def _is_solver(scheduler: Any) -> bool:
+    """Whether `step(output, t, x)` is all it takes; EDM-like preconditioning (sigma_data) is not ours."""
+    if not hasattr(scheduler, "step") or "sigma_data" in scheduler.config:
+        return False
+    parameters = list(inspect.signature(scheduler.step).parameters.values())
+    return all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters[3:])
+
+
+def is_flow(scheduler: Any) -> bool:
+    flag = getattr(scheduler.config, "use_flow_sigmas", False)
+    return bool(flag) or hasattr(scheduler, "scale_noise")
+
+
+def steps_of(scheduler: Any, steps: int) -> list[int]:
+    """The user's step that each evaluation belongs to (PNDM warms up, Heun evaluates twice)."""
+    order, count = getattr(scheduler, "order", 1), len(scheduler.timesteps)
+    warmup = max(count - steps * order, 0)
+    return [min(max(i - warmup, 0) // order, steps - 1) for i in range(count)]
+
+
+def solver(base: Any, lane: Lane, index_of: list[int], begin: bool) -> Any:
+    """The lane's own copy; a lane that starts late starts it at its own index.
+
+    begin: whether the stock pipeline sets the begin index (identity needs the same).
+    """
+    own = copy.deepcopy(base)
+    late = bool(lane.steps and lane.steps[0] > 0)
+    if late and hasattr(own, "ets"):
+        problem = f"{type(base).__name__} cannot start at step {lane.steps[0]}"
+        raise ConfigError(problem, where=f"scheduler, lane {lane.name}", fix="Use DDIM or UniPC.")
+    if (late or begin) and hasattr(own, "set_begin_index"):
+        own.set_begin_index(index_of.index(lane.steps[0]) if late else 0)
+    return own
+
+
+def scale_input(solver: Any, x: Tensor, t: Tensor) -> Tensor:
+    scaled: Tensor = solver.scale_model_input(x, t) if hasattr(solver, "scale_model_input") else x
+    return scaled
+
+
+def advance(solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+    """scheduler.step, with the lane's generator where the scheduler draws noise."""
+    noise = {"generator": generator} if _draws_noise(type(solver)) else {}
+    following: Tensor = solver.step(output, t, x, **noise, return_dict=False)[0]
+    return following.to(x.dtype)
+
+
+@cache
+def _draws_noise(scheduler: type) -> bool:
+    return "generator" in inspect.signature(getattr(scheduler, "step")).parameters  # noqa: B009
+
+
+def tabulate(scheduler: Any) -> list[Frame]:
+    """Frames of every evaluation plus the one after the last.
+
+    Levels are read from `sigmas` or `alphas_cumprod` of a copy whose timesteps are set and whose begin
+    index is not (with it set, noising returns the first level at every timestep), and checked against
+    the scheduler's own noising. Raises ModelError when they disagree (KDPM2's half-steps).
+    """
+    s = copy.deepcopy(scheduler)
+    timesteps, flow = s.timesteps.cpu(), is_flow(s)
+    predicts = "flow" if flow else getattr(s.config, "prediction_type", "epsilon")
+    sigmas, space = getattr(s, "sigmas", None), "vp"
+    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
+        levels = sigmas.cpu().float()
+        alphas = 1 - levels if flow else 1 / (levels**2 + 1).sqrt()
+        if not flow and float(getattr(s, "init_noise_sigma", 1)) == 1:
+            levels = levels * alphas
+        elif not flow:
+            space, alphas = "ve", torch.ones_like(levels)
+    elif getattr(s, "alphas_cumprod", None) is not None and not flow:
+        final = torch.as_tensor(getattr(s, "final_alpha_cumprod", 1.0)).reshape(1)
+        cumprod = torch.cat([s.alphas_cumprod.cpu()[timesteps.long()], final]).float()
+        alphas, levels = cumprod.sqrt(), (1 - cumprod).sqrt()
+    else:
+        problem = f"{type(s).__name__} has neither a sigma per timestep nor alphas_cumprod"
+        raise ModelError(problem, where="scheduler", fix=f"Use one of {TESTED}.")
+    _check(s, timesteps, alphas, levels)
+    kind: Literal["vp", "ve", "flow"] = "flow" if flow else "ve" if space == "ve" else "vp"
+    return [Frame(a, v, kind, predicts) for a, v in zip(alphas, levels, strict=True)]
+
+
+def _check(s: Any, timesteps: Tensor, alphas: Tensor, levels: Tensor) -> None:
+    """Compare with the scheduler's noising at each timestep that occurs once (else it is ambiguous)."""
+    name, one, zero = type(s).__name__, torch.ones(1, 1), torch.zeros(1, 1)
+    if name == "FlowMatchHeunDiscreteScheduler" or not (
+        hasattr(s, "scale_noise") or hasattr(s, "add_noise")
+    ):  # Heun's scale_noise ignores t; a pass's own solver has no noising
+        return
+    for i, t in enumerate(s.timesteps):
+        at = t.reshape(1)
+        if int((timesteps == t.cpu()).sum()) > 1:
+            continue
+        if hasattr(s, "scale_noise"):
+            said = float(s.scale_noise(one, at, zero)), float(s.scale_noise(zero, at, one))
+        else:
+            said = float(s.add_noise(one, zero, at)), float(s.add_noise(zero, one, at))
+        table = float(alphas[i]), float(levels[i])
+        if any(abs(a - b) > 1e-4 * max(1.0, b) for a, b in zip(said, table, strict=True)):
+            problem = f"{name} noises step {i} with {said}, its table says {table}"
+            raise ModelError(problem, where="scheduler", fix=f"Use one of {TESTED}.")
