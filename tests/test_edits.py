@@ -1,4 +1,4 @@
-"""The edit algebra against explicit softmax in float64: every operation, and random combinations."""
+"""The edit algebra against explicit softmax in float64: each operation, random combinations."""
 
 import math
 from dataclasses import dataclass, field
