@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +13,10 @@ from hypothesis import strategies as st
 
 from inlay import config
 from inlay.errors import ConfigError
+
+ALIAS_BOMB = "a: &a [x, x]\n" + "".join(
+    f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n" for x, y in itertools.pairwise("abcdef")
+)
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -23,7 +29,7 @@ def test_every_packaged_experiment_loads_and_round_trips() -> None:
     assert {"addit", "t2i", "presets/addit"} <= set(config.experiments())
     for name in config.experiments():
         experiment = config.load(name)
-        assert config.from_dict(config.to_dict(experiment)) == experiment
+        assert config.from_dict(json.loads(json.dumps(config.to_dict(experiment)))) == experiment
 
 
 def test_a_child_extends_appends_and_drops(tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_override_values_are_yaml() -> None:
         ("offload=disk", "offload: 'disk' cannot be used"),
         ("prompt=a dog", "prompt: must be a mapping"),
         ("plugins=[addit]", "plugins: must be a mapping"),
-        ("plugins.blend=3", r"plugins\.blend: 3 is not a plugin's options"),
+        ("plugins.blend=3", r"plugins\.blend: 3 is no mapping of options"),
         ("plugins.blend.gamma=.nan", r"plugins\.blend\.gamma: nan is not a finite number"),
         ("extends=addit", "extends: unknown key"),
         ("subject=${nothing}", "subject: Interpolation key 'nothing' not found"),
@@ -130,7 +136,7 @@ def test_a_wrong_key_names_its_file(tmp_path: Path) -> None:
         ("a: [1\n", "cannot be read"),
         ("- a\n- b\n", "not a mapping"),
         ("just words\n", "just words: unknown key"),
-        ("a: &x [1]\nb: *x\n", "aliases"),
+        (ALIAS_BOMB, "expansion exceeds"),
         ("plugins: !!python/object/apply:os.system ['true']\n", "cannot be read"),
         ("plugins: {a: {_target_: os.system}}\n", r"plugins\.a\._target_: this could run code"),
         ("subject: ${oc.env:HOME}\n", "subject: this could run code"),

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from inlay import config, manifest
+from inlay.backbones import images
 from inlay.board import Board
 from inlay.cli import replay
 from inlay.errors import InputError
@@ -41,7 +42,7 @@ def test_a_manifest_holds_what_reproduces_a_run(tmp_path: Path) -> None:
 
 def test_a_picture_carries_the_manifest_without_the_machine(tmp_path: Path) -> None:
     built = record(tmp_path)
-    manifest.save_png(Image.new("RGB", (4, 4)), tmp_path / "x.png", built)
+    images.save(Image.new("RGB", (4, 4)), tmp_path / "x.png", built)
     text = Image.open(tmp_path / "x.png").info["inlay"]
     for private in (str(tmp_path), built["host"], "timings"):
         assert private not in text
@@ -56,8 +57,8 @@ def test_result_files(tmp_path: Path) -> None:
     board = Board({"mask:subject": "a", "mask:user": "b", "map:subject": "c"})
     board["mask:subject"], board["mask:user"] = torch.ones(2, 1, 8, 8), torch.ones(1, 1, 8, 8)
     board["map:subject"] = torch.rand(2, 1, 4, 4)
-    images = {"source": torch.zeros(1, 3, 8, 8), "edit": torch.ones(2, 3, 8, 8)}
-    Result(images, {}, board, record(tmp_path)).save(tmp_path / "out")
+    lanes = {"source": torch.zeros(1, 3, 8, 8), "edit": torch.ones(2, 3, 8, 8)}
+    Result(lanes, {}, board, record(tmp_path)).save(tmp_path / "out")
     files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
     assert files == {
         "images/source.png",
