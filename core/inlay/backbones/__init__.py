@@ -195,7 +195,7 @@ def load(path: str, dtype: str = "float32", device: str = "auto", offload: str =
         raise ModelError(f"offload={offload} moves modules to an accelerator, and the device is the CPU", where="offload",
                          fix="Use offload=none, or device=cuda.")  # fmt: skip
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[dtype], use_safetensors=True, revision=revision)
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}", where="model",
                          fix="Give a folder or hub name of a diffusers pipeline with safetensors weights.") from error  # fmt: skip
