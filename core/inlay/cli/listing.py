@@ -24,25 +24,21 @@ def plugins(
         _show(registry.plugins(), ("summary", "tested", "maturity", "source"), as_json)
         return
     cls: Any = registry.plugin_class(name, where="plugins")
+    defaults = dataclasses.asdict(cls.Config())
     options = {
-        f.name: {"type": f.type, "default": _default(f)} for f in dataclasses.fields(cls.Config)
+        field.name: {"type": field.type, "default": defaults[field.name]}
+        for field in dataclasses.fields(cls.Config)
     }
     if as_json:
         typer.echo(json.dumps({"name": name, "options": options}, indent=2, default=str))
     else:
-        typer.echo(f"{inspect.getdoc(cls)}\n")
+        typer.echo(f"{inspect.getdoc(cls)}\n\n{inspect.getdoc(cls.Config)}\n")
         _show(options, ("type", "default"), as_json)
 
 
 def models(as_json: Json = False) -> None:
     """List the models that ship here; a folder or a hub name works as well."""
     _show(registry.models(), ("family", "summary"), as_json)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _show(rows: Mapping[str, Mapping[str, Any]], columns: Iterable[str], as_json: bool) -> None:
