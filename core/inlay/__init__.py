@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backbones.schedulers import tabulate
     from .edits import AttnEdits
     from .errors import ConfigError, InlayError, InputError, ModelError
     from .errors import PlanConflict, PluginError, SeamMissed
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "InlayError", "InputError", "Lane",
     "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
-    "SeamMissed", "Session", "Step", "Window", "hookimpl", "run",
+    "SeamMissed", "Session", "Step", "Window", "hookimpl", "run", "tabulate",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    homes = ("errors", "hookspecs", "events", "frames", "edits", "plan", "session")
+    homes = ("errors", "hookspecs", "events", "frames", "edits", "plan", "session",
+             "backbones.schedulers")  # fmt: skip
     for home in homes if name in __all__ else ():
         module = import_module(f"inlay.{home}")
         if name in vars(module):

@@ -38,7 +38,7 @@ class Plugin:
     class Config: ...
 
     def __init__(self, cfg: Any = None, name: str = "") -> None:
-        self.cfg = cfg if cfg is not None else type(self).Config()
+        self.cfg: Any = cfg if cfg is not None else type(self).Config()
         self.name = name or type(self).__name__
 
 
@@ -71,7 +71,9 @@ class Window:
         """Step indices in a run of `total` steps. Raises ConfigError when outside the run."""
         if isinstance(self.start, int) and isinstance(self.stop, int):
             if self.stop >= total:
-                fix = f"Use 0..{total - 1}, or progress (0.0 to 1.0), which fits any number of steps."
+                fix = (
+                    f"Use 0..{total - 1}, or progress (0.0 to 1.0), which fits any number of steps."
+                )
                 problem = f"steps {self.start}..{self.stop} are outside a run of {total} steps"
                 raise ConfigError(problem, where=where, fix=fix)
             return range(self.start, self.stop + 1)
@@ -83,7 +85,7 @@ class Lane:
     """One latent trajectory of a pass under the prompt `prompt`; evaluated in `steps` only.
 
     follows: a plugin writes its x before every forward, so steps that nobody needs are skipped.
-    keep: decode it when it reaches the end.
+    keep: decode it when it reaches the end. true_cfg: the run's, unless its declaration says else.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Lane:
     n: int
     seed: int
     guidance: float
+    true_cfg: float
     follows: bool = False
     keep: bool = True
     steps: tuple[int, ...] = ()

@@ -59,7 +59,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
             step.preds.update({b.name: output[rows[b.name]] for b in branches})
 
         for name, lane in alive.items():
-            weight = backbone.cfg_scale(lane.guidance, request.true_cfg)
+            weight = backbone.cfg_scale(lane.guidance, lane.true_cfg)
             text, null = step.preds[f"{name}/text"], step.preds.get(f"{name}/null")
             preds = {"lane": name, "text": text, "null": null, "scale": weight}
             chosen = hook.inlay_combine(run=run, step=step, **preds)

@@ -20,11 +20,15 @@ Active = Window | Iterable[int] | None
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, without tensors. size: (height, width) px; inputs: board keys given."""
+    """What was asked for, without tensors.
+
+    size, grid: (height, width) in px and in tokens; inputs: board keys given.
+    """
 
     prompt: Mapping[str, str]
     steps: int
     size: tuple[int, int]
+    grid: tuple[int, int]
     n: int = 1
     seed: int = 0
     guidance: float | Mapping[str, float] = 3.5
@@ -247,7 +251,9 @@ def make_plan(
 def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> PassPlan:
     """Lanes with the steps they live in, and their branches."""
     lanes, branches, every = [], [], frozenset(range(request.steps))
-    declared = {key[1]: f for (what, key), f in draft.fields.items() if (what, key[0]) == ("lane", name)}
+    declared = {
+        key[1]: f for (what, key), f in draft.fields.items() if (what, key[0]) == ("lane", name)
+    }
     alive = {}
     for lane, fields in declared.items():
         wanted = draft.alive.get((name, lane), () if fields.get("follows") else every)
@@ -267,6 +273,7 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         guidance = request.guidance
         scale = guidance.get(lane, 3.5) if isinstance(guidance, Mapping) else guidance
         fields = {"prompt": "edit", "n": 1, "seed": request.seed, "guidance": scale}
+        fields["true_cfg"] = request.true_cfg
         fields |= {key: value for key, value in declared[lane].items() if value is not None}
         owners = tuple(dict.fromkeys(draft.owners["lane", (name, lane)]))
         lanes.append(Lane(name=lane, steps=tuple(sorted(steps)), owners=owners, **fields))
@@ -274,7 +281,7 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         if ln.prompt not in request.prompt:
             problem = f"lane {ln.name!r} needs the prompt {ln.prompt!r}"
             raise ConfigError(problem, where=f"prompt.{ln.prompt}", fix="Give one.")
-        if backbone.cfg_scale(ln.guidance, request.true_cfg) > 1:
+        if backbone.cfg_scale(ln.guidance, ln.true_cfg) > 1:
             branches.append(Branch(f"{ln.name}/null", ln.name, "null", "negative", ln.n))
         branches.append(Branch(f"{ln.name}/text", ln.name, "text", ln.prompt, ln.n))
     groups = backbone.groups(branches)
@@ -287,7 +294,12 @@ def clip(declared: Any, lane: tuple[str, str], alive: dict[tuple[str, str], froz
     if lane not in alive:
         problem = f"{declared.plugin} acts on lane {lane[1]!r}, which nobody declares"
         raise PlanConflict(problem, where=f"pass {lane[0]}", fix="Declare it with need.lane.")
-    return replace(declared, steps=declared.steps & alive[lane])
+    steps = declared.steps & alive[lane]
+    if declared.steps and not steps and isinstance(declared, Probe):
+        problem = f"{declared.plugin} reads lane {lane[1]!r} in steps that overwrite it"
+        fix = f"It lives in steps {min(alive[lane], default=None)} and later: read it there."
+        raise PlanConflict(problem, where=f"pass {lane[0]}", fix=fix)
+    return replace(declared, steps=steps)
 
 
 def check_edits(edits: tuple[DeclaredEdit, ...]) -> None:

@@ -235,7 +235,10 @@ class Session:
         fields = {k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")}
         prompts = config.to_dict(asked)["prompt"]
         skip = self.skip_dead_rows
-        return Request(prompts, size=size, inputs=given, skip_dead_rows=skip, **fields)
+        grid = self.backbone.grid(size)
+        return Request(
+            prompts, size=size, grid=grid, inputs=given, skip_dead_rows=skip, **fields
+        )
 
     def _prepare(self, run: Run, given: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
         """Encode each prompt once, find the words of the probes, put the pictures on the board."""

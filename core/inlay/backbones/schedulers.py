@@ -89,7 +89,9 @@ def scale_input(solver: Any, x: Tensor, t: Tensor) -> Tensor:
     return scaled
 
 
-def advance(solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+def advance(
+    solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator
+) -> Tensor:
     """scheduler.step, with the lane's generator where the scheduler draws noise."""
     noise = {"generator": generator} if _draws_noise(type(solver)) else {}
     following: Tensor = solver.step(output, t, x, **noise, return_dict=False)[0]
@@ -102,12 +104,14 @@ def _draws_noise(scheduler: type) -> bool:
 
 
 def tabulate(scheduler: Any) -> list[Frame]:
-    """Frames of every evaluation plus the one after the last.
+    """Frames of every evaluation plus the one after the last; a pass's own solver may bring `frames`.
 
     Levels are read from `sigmas` or `alphas_cumprod` of a copy whose timesteps are set and whose begin
     index is not (with it set, noising returns the first level at every timestep), and checked against
     the scheduler's own noising. Raises ModelError when they disagree (KDPM2's half-steps).
     """
+    if hasattr(scheduler, "frames"):
+        return list(scheduler.frames)
     s = copy.deepcopy(scheduler)
     timesteps, flow = s.timesteps.cpu(), is_flow(s)
     predicts = "flow" if flow else getattr(s.config, "prediction_type", "epsilon")

@@ -1,0 +1,78 @@
+"""Maps and masks as pictures `b 1 h w`: smooth, normalise, threshold, widen, soften, resize.
+
+No hooks. Masks hold 0..1, 1 = the edit's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+
+def blur(maps: Tensor) -> Tensor:
+    """3x3 Gaussian, separable [1/4, 1/2, 1/4], mirrored border (edge not repeated); h, w >= 2.
+
+    Computed in float32, returned in the dtype of `maps`.
+    """
+    taps = torch.tensor([0.25, 0.5, 0.25], device=maps.device)
+    wide = F.pad(maps.float(), (1, 1, 1, 1), mode="reflect")
+    rows = F.conv2d(wide, taps.view(1, 1, 3, 1))
+    return F.conv2d(rows, taps.view(1, 1, 1, 3)).to(maps.dtype)
+
+
+def minmax(maps: Tensor) -> Tensor:
+    """Each map stretched to 0..1. A constant map has no range: NaN, see `is_flat`."""
+    low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+    return (maps - low) / (high - low)
+
+
+def is_flat(maps: Tensor) -> Tensor:
+    """`b` bool: maps without anything to threshold, being constant or not finite."""
+    values = maps.flatten(1)
+    return ~values.isfinite().all(1) | (values.amax(1) <= values.amin(1))
+
+
+def otsu(maps: Tensor) -> Tensor:
+    """1 where a map exceeds its own Otsu threshold (256 bins), else 0; float32."""
+    levels = [float(threshold_otsu(m.float().cpu().numpy(), nbins=256)) for m in maps]
+    return (maps.float() > torch.tensor(levels, device=maps.device).view(-1, 1, 1, 1)).float()
+
+
+def dilate(mask: Tensor, cells: int) -> Tensor:
+    """Every cell takes the largest value of the square of `cells` around it."""
+    size = 2 * cells + 1
+    wide = F.max_pool2d(mask, (size, 1), 1, (cells, 0))
+    return F.max_pool2d(wide, (1, size), 1, (0, cells))
+
+
+def feather(mask: Tensor, pixels: int) -> Tensor:
+    """A ramp around the mask: 1 inside, falling to exactly 0 within `pixels` (rounded up to even)."""
+    radius = math.ceil(pixels / 2)
+    wide = F.pad(dilate(mask, radius), (radius,) * 4, mode="replicate")
+    rows = F.avg_pool2d(wide, (2 * radius + 1, 1), 1)
+    return F.avg_pool2d(rows, (1, 2 * radius + 1), 1).clamp(0, 1)
+
+
+def resize(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """To `size` (h, w): the mean of each cell when shrinking, bilinear when growing."""
+    if mask.shape[-2] >= size[0] and mask.shape[-1] >= size[1]:
+        return F.adaptive_avg_pool2d(mask, list(size))
+    return resize_bilinear(mask, size)
+
+
+def resize_bilinear(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear without antialiasing, pixel centres aligned."""
+    return F.interpolate(mask, size=list(size), mode="bilinear", align_corners=False)
+
+
+def resize_bicubic(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """A picture `b 3 h w` in 0..1 at another size, antialiased when it shrinks."""
+    if tuple(picture.shape[-2:]) == tuple(size):
+        return picture
+    grown = F.interpolate(picture, size=list(size), mode="bicubic", antialias=True)
+    return grown.clamp(0, 1)

@@ -1,0 +1,174 @@
+"""The source lane: where the source picture is at every noise level (Add-it, Tewel et al. 2024).
+
+regenerate   a pass of its own draws the source from its prompt; its latents are kept
+interpolate  a picture, encoded once and mixed with one fixed noise (section 3.5); no evaluation
+invert       a picture, carried up the noise levels by Euler's predictor and an endpoint corrector
+
+The lane follows that path: it is reset before every forward, so errors of the solver do not add up,
+and its rows are evaluated only in steps where somebody attends to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inlay import ConfigError, Frame, Needs, Plugin, Result, Run, Step, hookimpl, tabulate
+
+Trajectory = Callable[[Step, int], Tensor]
+"""(step, ahead) -> the source's latent `1 …` `ahead` evaluations after the start of this one."""
+
+
+class SourceTrajectory(Plugin):
+    """Publishes `latent:source` (clean, model layout) and `trajectory:source` (a Trajectory).
+
+    latent: a clean latent in place of a picture, for an instance made in code.
+    """
+
+    @dataclass
+    class Config:
+        """provide: auto is interpolate with a picture and regenerate without. seed: of the source's
+        noise, whatever the run's seed. guidance: null is 1 for a picture, the run's otherwise.
+        fixed_point_iterations: of the inverter, evaluations per step, 1 = no corrector. use_offset:
+        move the edit by what the solver misses on the source in the same step.
+        """
+
+        provide: Literal["auto", "regenerate", "interpolate", "invert"] = "auto"
+        seed: int = 6311
+        guidance: float | None = None
+        fixed_point_iterations: int = 2
+        use_offset: bool = False
+
+    def __init__(self, cfg: Any = None, name: str = "", latent: Tensor | None = None) -> None:
+        super().__init__(cfg, name)
+        self.latent = latent
+        self._kept: list[Tensor] = []
+
+    @hookimpl
+    def inlay_declare(self, need: Needs) -> None:
+        cfg, where = self.cfg, f"plugins.{need.owner}"
+        given = self.latent is not None or "image:source" in need.request.inputs
+        self.provide = cfg.provide
+        if cfg.provide == "auto":
+            self.provide = "interpolate" if given else "regenerate"
+        elif cfg.provide != "regenerate" and not given:
+            raise ConfigError(f"provide: {cfg.provide} needs a picture", where=f"{where}.provide",
+                              fix="Set input.image, or provide: regenerate.")  # fmt: skip
+        if cfg.fixed_point_iterations < 1:
+            raise ConfigError("less than one evaluation per step", fix="Use 1 or more.",
+                              where=f"{where}.fixed_point_iterations")  # fmt: skip
+        guidance = cfg.guidance
+        if guidance is None and self.provide != "regenerate" and not _names_source(need):
+            guidance = 1.0
+        lane = {"prompt": "source", "seed": cfg.seed, "guidance": guidance}
+        if self.provide == "regenerate":
+            need.pass_("source")
+            need.lane("source", "source", **lane)
+        elif self.provide == "invert":
+            need.pass_("invert", lambda base: Inverter(base, cfg.fixed_point_iterations))
+            alone = {"prompt": "source", "guidance": 1.0, "true_cfg": 1.0, "keep": False}
+            need.lane("source", "invert", **alone)
+        every = range(need.request.steps) if cfg.use_offset else None
+        need.lane("source", active=every, follows=True, keep=False, **lane)
+        need.publish("latent:source")
+        need.publish("trajectory:source")
+
+    @hookimpl
+    def inlay_prepare(self, run: Run) -> None:
+        self._kept.clear()
+        if self.latent is not None:
+            run.board["latent:source"] = self.latent.to(run.device, run.dtype)
+        elif self.provide != "regenerate":
+            run.board["latent:source"] = run.backbone.encode_image(run.board["image:source"])
+
+    @hookimpl
+    def inlay_begin(self, run: Run, pass_: str, x: dict[str, Tensor]) -> None:
+        if pass_ == "invert":
+            x["source"] = run.board["latent:source"]
+            self._kept.append(x["source"])
+        elif pass_ == "edit":
+            if self.provide == "regenerate":
+                run.board["latent:source"] = run.finals["source"]["source"]
+                self._kept.append(run.board["latent:source"])
+            run.board["trajectory:source"] = self._trajectory(run)
+
+    @hookimpl
+    def inlay_pre_step(self, run: Run, step: Step) -> None:
+        if step.pass_ == "source":
+            self._kept.append(step.x["source"])
+        elif step.pass_ == "edit" and "source" in step.lanes:
+            step.x["source"] = run.board["trajectory:source"](step, 0)
+
+    @hookimpl
+    def inlay_post_step(self, run: Run, step: Step) -> None:
+        if step.pass_ == "invert" and step.last_eval:
+            self._kept.append(step.x_next["source"])
+        elif step.pass_ == "edit" and self.cfg.use_offset and "edit" in step.lanes:
+            last = step.last_eval and step.index == step.total - 1
+            if not (last and self.provide == "interpolate"):  # as published: its list ends there
+                exact = run.board["trajectory:source"](step, 1)
+                step.x_next["edit"] = step.x_next["edit"] + exact - step.x_next["source"]
+
+    @hookimpl
+    def inlay_final(self, run: Run, result: Result) -> None:
+        if result.images and "source" not in result.images:
+            picture = run.board.get("image:source")
+            if picture is None:
+                picture = run.backbone.decode(run.board["latent:source"], run.size)
+            result.images["source"] = picture
+
+    def _trajectory(self, run: Run) -> Trajectory:
+        if self.provide == "interpolate":
+            clean, noise = run.board["latent:source"], run.x_T["edit", "source"]
+            return lambda step, ahead: step.frame_at(step.eval + ahead).noise(clean, noise)
+        path = self._kept[::-1] if self.provide == "invert" else self._kept
+        return lambda step, ahead: path[step.eval + ahead]
+
+
+def _names_source(need: Needs) -> bool:
+    return isinstance(need.request.guidance, dict) and "source" in need.request.guidance
+
+
+class Inverter:
+    """A solver from clean to noise over the levels of `base`, with the interface of a scheduler.
+
+    Predictor: Euler. Corrector, `iterations` - 1 times: the same step from the same start, with the
+    slope at the point predicted before. `order` = `iterations` evaluations per step. The slope is
+    the velocity of a flow model and the noise of a diffusion model (DDIM inversion when there is
+    no corrector). Raises ConfigError for a scheduler with several evaluations per step.
+    """
+
+    def __init__(self, base: Any, iterations: int) -> None:
+        self.levels: list[Frame] = tabulate(base)[::-1]
+        if len(base.timesteps.unique()) < len(base.timesteps) or self.levels[0].predicts == "sample":
+            raise ConfigError(f"{type(base).__name__} cannot be inverted", where="scheduler",
+                              fix="Use one with one evaluation per step: DDIM, Euler, DPM++.")  # fmt: skip
+        up = base.timesteps.flip(0)
+        times = torch.cat([torch.zeros_like(up[:1]), up])
+        ends = [k + (part > 0) for k in range(len(up)) for part in range(iterations)]
+        self.order, self.timesteps = iterations, times[ends]
+        self.frames = [self.levels[k] for k in [*ends, len(up)]]
+        self._evaluation = 0
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """Variance-exploding models see unit variance."""
+        frame = self.frames[self._evaluation]
+        return x / (frame.sigma**2 + 1).sqrt() if frame.space == "ve" else x
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """One evaluation: from the start of the step, along the slope found at x."""
+        here, step = self.frames[self._evaluation], self._evaluation // self.order
+        if self._evaluation % self.order == 0:
+            self._start = x.float()
+        low, high = self.levels[step : step + 2]
+        self._evaluation += 1
+        output, x = output.float(), x.float()
+        if here.predicts == "flow":
+            return (self._start + (high.sigma - low.sigma) * output,)
+        known = here.predicts == "epsilon" or here.sigma == 0  # v at sigma 0 is the noise
+        noise = output if known else here.eps(here.x0(output, x), x)
+        return (high.noise((self._start - low.sigma * noise) / low.alpha, noise),)
