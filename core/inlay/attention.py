@@ -35,9 +35,9 @@ def _dispatch(
     enable_gqa: bool = False,
 ) -> Tensor:
     running: tuple[Seam, str] | None = getattr(_local, "running", None)
-    program = running and running[0].programs.get(running[1])
+    program = running[0].programs.get(running[1]) if running else None
     options = {"scale": scale, "enable_gqa": enable_gqa}
-    if running is None or not program:
+    if running is None or program is None:
         out: Tensor = _original(query, key, value, attn_mask, dropout_p, is_causal, **options)
         return out
     running[0].hit.add(running[1])

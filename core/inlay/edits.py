@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 from .errors import InputError, PluginError
@@ -23,6 +23,7 @@ from .events import Probe, Rows, Span
 Number = float | Tensor
 Keys = Span | tuple[int, ...]
 Spans = dict[str, slice]
+Sdpa = Callable[..., Tensor]
 Op = Literal["scale", "gain", "append"]
 ALL = slice(None)
 
@@ -86,7 +87,9 @@ class AttnEdits:
             raise PluginError(problem, where=self.where, fix=fix)
         for branch in self.branches:
             if self.target in (branch, lane_of(branch)):
-                twin = from_ if "/" in from_ or not from_ else branch.replace(lane_of(branch), from_)
+                twin = (
+                    from_ if "/" in from_ or not from_ else branch.replace(lane_of(branch), from_)
+                )
                 if twin and twin not in self.branches:
                     twin = f"{lane_of(twin)}/text"
                 edit = Edit(op, self.owner, branch, self.queries, from_=twin, **fields)
@@ -99,8 +102,8 @@ class SiteProgram:
     """What one site computes in one model call; the seam calls it in place of SDPA. Pure, since
     checkpointing runs it twice.
 
-    spans(queries, keys): token slices of both; words[probe]: text token indices; results go to
-    store[probe][site].
+    spans(queries, keys): token slices of both; words[probe]: text token indices; what probes read
+    goes to store[probe][site].
     """
 
     site: str
@@ -113,7 +116,7 @@ class SiteProgram:
 
     def __call__(
         self,
-        sdpa: Callable[..., Tensor],
+        sdpa: Sdpa,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -128,41 +131,34 @@ class SiteProgram:
         if enable_gqa:
             k, v = (repeat(t, "b h n d -> b (h g) n d", g=q.shape[1] // k.shape[1]) for t in (k, v))
         if is_causal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool()
+        mask, options = as_bias(mask, q), {"dropout_p": dropout_p, "scale": scale}
         q_spans, k_spans = self.spans(q.shape[2], k.shape[2])
         for probe in self.probes:
-            read = ("all", "image" if probe.read == "columns" else "text")
-            edits = [e for e in self.edits.get(probe.branch, []) if e.queries in read]
-            keys = self._keys(k, v, mask, probe.branch, edits, k_spans)
+            span = q_spans.get("image" if probe.read == "columns" else "text", ALL)
+            keys = self._keys(k, v, mask, probe.branch, span, q_spans, k_spans)
             queries, words = q[self.rows[probe.branch]], self.words[probe.name]
             seen = _read(sdpa, probe, words, queries, keys, q_spans, k_spans, scale)
             self.store.setdefault(probe.name, {})[self.site] = seen
         out = []
         for rows, branch in self.rows.runs(self.edits):
             if branch is None:
-                bias = _take(mask, rows)
-                out.append(sdpa(q[rows], k[rows], v[rows], bias, dropout_p, scale=scale))
+                out.append(sdpa(q[rows], k[rows], v[rows], _take(mask, rows), **options))
                 continue
-            for span in self._partition(self.edits[branch], q_spans):
-                acting = [
-                    e
-                    for e in self.edits[branch]
-                    if e.queries == "all" or q_spans[e.queries] == span
-                ]
-                keys = self._keys(k, v, mask, branch, acting, k_spans)
+            parts = []
+            for span in self._partition(branch, q_spans):
+                keys = self._keys(k, v, mask, branch, span, q_spans, k_spans)
                 bias = _take(keys.mask, ALL, span)
-                part = sdpa(q[rows, :, span], keys.k, keys.v, bias, dropout_p, scale=scale)
-                out.append(part)
-                if span.start:  # the second part of this branch's queries
-                    out[-2:] = [torch.cat(out[-2:], dim=2)]
-        return out[0] if len(out) == 1 else torch.cat(out)
+                parts.append(sdpa(q[rows, :, span], keys.k, keys.v, bias, **options))
+            out.append(_cat(parts, dim=2))
+        return _cat(out, dim=0)
 
-    def _partition(self, edits: list[Edit], q_spans: Spans) -> list[slice]:
+    def _partition(self, branch: str, q_spans: Spans) -> list[slice]:
         """Query slices with one edit list each: all, or the spans in token order."""
-        named = {e.queries: e.plugin for e in edits if e.queries != "all"}
+        named = {e.queries: e.plugin for e in self.edits[branch] if e.queries != "all"}
         for queries in named.keys() - q_spans.keys():
             problem = f"{named[queries]} edits {queries} queries, which this site has not"
-            raise PluginError(problem, where=f"site {self.site}", fix="Declare sites of another kind.")
+            raise PluginError(problem, where=f"site {self.site}", fix="Declare other sites.")
         return sorted(q_spans.values(), key=lambda s: s.start or 0) if named else [ALL]
 
     def _keys(
@@ -171,13 +167,17 @@ class SiteProgram:
         v: Tensor,
         mask: Tensor | None,
         branch: str,
-        edits: list[Edit],
+        span: slice,
+        q_spans: Spans,
         spans: Spans,
     ) -> _Keys:
-        """Keys of a branch after its edits: own ones first, appended ones behind."""
+        """Keys that the queries `span` of a branch see: own ones first, appended ones behind."""
         rows, total, joined = self.rows[branch], k.shape[2], []
         own_k, own_v, own_mask = k[rows], v[rows], _take(mask, rows)
-        for e in sorted(edits, key=lambda e: (e.op, e.plugin)):  # plugin order moves no bits
+        edits = sorted(self.edits.get(branch, ()), key=lambda e: (e.op, e.plugin))
+        for e in edits:  # sorted: the order of plugins moves no bits
+            if e.queries != "all" and q_spans.get(e.queries) != span:
+                continue
             at = _index(e.keys, spans, total)
             if e.op == "append":
                 if e.from_ not in self.rows:
@@ -186,23 +186,24 @@ class SiteProgram:
                 source = self.rows[e.from_]
                 new_k, new_v = (_expand(t[source][:, :, at], own_k.shape[0]) for t in (k, v))
                 if e.how == "join":
-                    joined.append((_times(new_k, e.value), new_v, _take(mask, source, ALL, at)))
+                    joined.append((new_k * e.value, new_v, _take(mask, source, ALL, at)))
                 else:
-                    own_k = _put(own_k, at, _times(own_k[:, :, at], e.own) + new_k * e.value)
-                    own_v = _put(own_v, at, _times(own_v[:, :, at], e.own) + new_v * e.value)
+                    own_k = _put(own_k, at, own_k[:, :, at] * e.own + new_k * e.value)
+                    own_v = _put(own_v, at, own_v[:, :, at] * e.own + new_v * e.value)
             elif e.op == "gain":
                 own_k = _put(own_k, at, own_k[:, :, at] * e.value)
             elif e.renorm:
                 bias = torch.zeros(total, dtype=k.dtype, device=k.device)
                 bias[at] = torch.as_tensor(e.value, dtype=k.dtype, device=k.device).log()
-                own_mask = rearrange(bias, "n -> 1 1 1 n") + _float(own_mask, k)
+                own_mask = bias[None, None, None] + (0 if own_mask is None else own_mask)
             else:
                 own_v = _put(own_v, at, own_v[:, :, at] * e.value)
-        if joined:
-            masks = [(own_mask, total), *((m, new.shape[2]) for new, _, m in joined)]
-            own_k = torch.cat([own_k, *(new for new, _, _ in joined)], dim=2)
-            own_v = torch.cat([own_v, *(new for _, new, _ in joined)], dim=2)
-            own_mask = _join(masks, k)
+        if joined and own_mask is not None:  # appended keys keep the mask their source gave them
+            more = [k.new_zeros(1, 1, 1, n.shape[2]) if m is None else m for n, _, m in joined]
+            shape = torch.broadcast_shapes(*(m.shape[:3] for m in (own_mask, *more)))
+            own_mask = torch.cat([m.expand(*shape, -1) for m in (own_mask, *more)], dim=-1)
+        own_k = _cat([own_k, *(new for new, _, _ in joined)], dim=2)
+        own_v = _cat([own_v, *(new for _, new, _ in joined)], dim=2)
         return _Keys(own_k, own_v, own_mask)
 
 
@@ -216,7 +217,7 @@ class _Keys:
 
 
 def _read(
-    sdpa: Callable[..., Tensor],
+    sdpa: Sdpa,
     probe: Probe,
     words: tuple[int, ...],
     q: Tensor,
@@ -231,22 +232,37 @@ def _read(
         problem = f"cannot read {probe.read} of {len(words)} text tokens at this site"
         fix = "Choose sites that hold the text, and at most as many tokens as a head is wide."
         raise PluginError(problem, where=f"probe {probe.name}", fix=fix)
+    at = [(q_spans if rows else k_spans)["text"].start + t for t in words]
     if rows:
-        at = [q_spans["text"].start + t for t in words]
         logits = torch.einsum("b h t d, b h n d -> b h t n", q[:, :, at], keys.k)
-        logits = logits * (scale or width**-0.5) + _float(_take(keys.mask, ALL, at), q)
+        bias = _take(keys.mask, ALL, at)
+        logits = logits * (scale or width**-0.5) + (0 if bias is None else bias)
         return logits.softmax(-1)[..., k_spans["image"]].mean(1)
     # one-hot values, as wide as a head: a narrower V falls off the fused path
     one_hot = torch.zeros(keys.k.shape[2], width, dtype=q.dtype, device=q.device)
-    one_hot[[k_spans["text"].start + t for t in words], range(len(words))] = 1
+    one_hot[at, range(len(words))] = 1
     values, queries = one_hot.expand(*keys.k.shape[:2], -1, -1), q_spans["image"]
     seen = sdpa(q[:, :, queries], keys.k, values, _take(keys.mask, ALL, queries), scale=scale)
     return seen[..., : len(words)].mean(1)
 
 
 def lane_of(branch: str) -> str:
-    """ "edit/text" -> "edit"."""
+    """The lane "edit" of the branch "edit/text"."""
     return branch.split("/")[0]
+
+
+def as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Any SDPA mask as a bias `(R|1) (h|1) (n|1) m`: False -> -inf."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype == torch.bool:
+        return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    return mask
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _index(keys: Keys, spans: Spans, total: int) -> Any:
@@ -259,45 +275,20 @@ def _put(x: Tensor, at: Any, value: Tensor) -> Tensor:
     """x `b h n d` with tokens `at` replaced; a copy, since other branches share K and V."""
     if isinstance(at, list):
         return x.index_copy(2, torch.tensor(at, device=x.device), value)
-    if value.shape[2] == x.shape[2]:
-        return value
-    return torch.cat([x[:, :, : at.start], value, x[:, :, at.stop :]], dim=2)
-
-
-def _times(x: Tensor, factor: Number) -> Tensor:
-    return x if isinstance(factor, int | float) and factor == 1 else x * factor
+    return _cat([p for p in (x[:, :, : at.start], value, x[:, :, at.stop :]) if p.shape[2]], dim=2)
 
 
 def _expand(x: Tensor, n: int) -> Tensor:
     """Rows of a source for the n rows of a branch: one source may serve many pictures."""
     if x.shape[0] not in (1, n):
-        problem = f"cannot share {x.shape[0]} source rows with {n} rows"
-        raise InputError(problem, where="append", fix="Give the lanes equal n, or the source n = 1.")
+        problem, fix = f"cannot share {x.shape[0]} source rows with {n} rows", "Use equal n, or 1."
+        raise InputError(problem, where="append", fix=fix)
     return x.expand(n, -1, -1, -1)
 
 
 def _take(mask: Tensor | None, rows: slice, queries: Any = ALL, keys: Any = ALL) -> Tensor | None:
-    """Part of a mask that broadcasts over `R h n m`; singleton axes stay."""
+    """Part of a bias that broadcasts over `R h n m`; singleton axes stay."""
     if mask is None:
         return None
-    mask = mask[(None,) * (4 - mask.dim())]
     mask = mask[rows] if mask.shape[0] > 1 else mask
     return (mask[:, :, queries] if mask.shape[2] > 1 else mask)[..., keys]
-
-
-def _float(mask: Tensor | None, like: Tensor) -> Tensor:
-    """A mask as the bias it means."""
-    if mask is None:
-        return like.new_zeros(())
-    if mask.dtype == torch.bool:
-        return like.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    return mask
-
-
-def _join(parts: list[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
-    """One mask over own and appended keys; the appended keep the mask their source gave them."""
-    if all(mask is None for mask, _ in parts):
-        return None
-    biases = [_float(m, like) if m is not None else like.new_zeros(1, 1, 1, n) for m, n in parts]
-    shape = torch.broadcast_shapes(*(bias.shape[:3] for bias in biases))
-    return torch.cat([bias.expand(*shape, -1) for bias in biases], dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
     hook, backbone, request = run.hook, run.backbone, run.plan.request
     base = run.schedule(pass_)
     frame_at, index_of = run.frames(base), schedulers.steps_of(base, request.steps)
-    begin, scale = backbone.sets_begin_index, getattr(base, "init_noise_sigma", 1.0)
-    solvers = {ln.name: schedulers.solver(base, ln, index_of, begin) for ln in pass_.lanes}
+    solvers, scale = dict[str, Any](), getattr(base, "init_noise_sigma", 1.0)
     x = {ln.name: run.initial(pass_.name, ln) * scale for ln in pass_.lanes}
     hook.inlay_begin(run=run, pass_=pass_.name, x=x)
 
@@ -35,6 +34,9 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         alive = {ln.name: ln for ln in pass_.lanes if index in ln.steps}
         if not alive:
             continue
+        for name, lane in alive.items():
+            if i == 0 or index_of[i - 1] not in lane.steps:  # the lane begins, or begins again
+                solvers[name] = schedulers.solver(base, i, name, backbone.sets_begin_index)
         step = Step(pass_.name, index, i, request.steps, t, last, tuple(alive), frame_at, x)
         hook.inlay_pre_step(run=run, step=step)
 
@@ -114,7 +116,7 @@ def observe(run: Run, step: Step) -> None:
     """Observers and the progress callback see the step after all folds, read-only."""
     if run.hook.inlay_observe.get_hookimpls():
         seen = copy.copy(step)
-        for name in ("x", "x_next", "output", "preds"):
+        for name in ("x", "x0", "x_next", "output", "preds"):
             setattr(seen, name, MappingProxyType(getattr(step, name)))
         run.hook.inlay_observe(run=run, step=seen)
     if run.callback:

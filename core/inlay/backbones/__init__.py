@@ -16,7 +16,10 @@ from ..attention import attention_modules
 from ..errors import ConfigError, ModelError
 from ..events import AttnSite, Branch, Cond
 
-FAMILIES = {"FluxPipeline": "flux:Flux", "StableDiffusionPipeline": "stable_diffusion:StableDiffusion"}
+FAMILIES = {
+    "FluxPipeline": "flux:Flux",
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,21 +44,38 @@ class Backbone:
         """The description of one attention module, None when it is no softmax attention over these tokens."""
         raise ModelError(f"{type(self).__name__} describes no sites", where="backbone")
 
-    def spans(self, site: AttnSite, text: int) -> Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]:
+    def spans(
+        self, site: AttnSite, text: int
+    ) -> Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]:
         """(number of queries, number of keys) -> token slices of queries and of keys, for `text` text tokens."""
         raise ModelError(f"{type(self).__name__} names no spans", where="backbone")
 
     def encode_text(self, prompt: str) -> Cond:
         raise ModelError(f"{type(self).__name__} encodes no text", where="backbone")
 
-    def latent(self, n: int, size: tuple[int, int], generator: torch.Generator | None, given: Tensor | None = None) -> Tensor:
+    def latent(
+        self,
+        n: int,
+        size: tuple[int, int],
+        generator: torch.Generator | None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """x_T of `n` pictures, drawn as the stock pipeline draws it, or `given` moved to the device."""
         raise ModelError(f"{type(self).__name__} has no latents", where="backbone")
 
-    def set_timesteps(self, scheduler: Any, steps: int, sigmas: list[float] | None, size: tuple[int, int]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, sigmas: list[float] | None, size: tuple[int, int]
+    ) -> None:
         raise ModelError(f"{type(self).__name__} has no schedule", where="backbone")
 
-    def inputs(self, sample: Tensor, t: Tensor, conds: list[tuple[Cond, int]], guidance: list[tuple[float, int]], size: tuple[int, int]) -> dict[str, Any]:
+    def inputs(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        conds: list[tuple[Cond, int]],
+        guidance: list[tuple[float, int]],
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
         """Keyword arguments of one denoiser call; conds and guidance come with their number of rows, in row order."""
         raise ModelError(f"{type(self).__name__} takes no inputs", where="backbone")
 
@@ -93,7 +113,9 @@ class Backbone:
     @cached_property
     def sites(self) -> tuple[AttnSite, ...]:
         count = max(len(self.modules) - 1, 1)
-        found = (self.site(i, name, m, i / count) for i, (name, m) in enumerate(self.modules.items()))
+        found = (
+            self.site(i, name, m, i / count) for i, (name, m) in enumerate(self.modules.items())
+        )
         return tuple(s for s in found if s is not None)
 
     @property
@@ -101,13 +123,19 @@ class Backbone:
         """Where tensors must be: the pipeline's device, or the accelerator that an offload hook moves modules to."""
         hook = getattr(self.denoiser, "_hf_hook", None)
         offloaded = getattr(hook, "execution_device", None)
-        return torch.device(offloaded) if offloaded is not None else next(self.denoiser.parameters()).device
+        return (
+            torch.device(offloaded)
+            if offloaded is not None
+            else next(self.denoiser.parameters()).device
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
 
-    def fit(self, size: int | list[int] | tuple[int, int] | None, picture: tuple[int, int] | None) -> tuple[int, int]:
+    def fit(
+        self, size: int | list[int] | tuple[int, int] | None, picture: tuple[int, int] | None
+    ) -> tuple[int, int]:
         """(height, width) in pixels: `size` as asked (sides rounded down to what the model allows), else the picture's shape at the model's
         native area, else the native size. Raises ConfigError below one token."""
         native = self.native_size
@@ -115,10 +143,16 @@ class Backbone:
             height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
         elif picture is not None:
             ratio = (native[0] * native[1] / (picture[0] * picture[1])) ** 0.5
-            height, width = (max(self.multiple, round(side * ratio / self.multiple) * self.multiple) for side in picture)
+            height, width = (
+                max(self.multiple, round(side * ratio / self.multiple) * self.multiple)
+                for side in picture
+            )
         else:
             height, width = native
-        height, width = height // self.multiple * self.multiple, width // self.multiple * self.multiple
+        height, width = (
+            height // self.multiple * self.multiple,
+            width // self.multiple * self.multiple,
+        )
         if min(height, width) < 2 * self.multiple:
             raise ConfigError(f"{height}x{width} pixels is too small for this model", where="size",
                               fix=f"Use at least {2 * self.multiple}x{2 * self.multiple}.")  # fmt: skip
@@ -139,17 +173,25 @@ class Backbone:
     def encode_image(self, image: Tensor) -> Tensor:
         """Clean latent (mode, not a sample) of pictures `b 3 h w` in 0..1."""
         if self.pipe.vae is None:
-            raise ModelError("this pipeline has no VAE, so no picture can be encoded", where="model", fix="Load it with its VAE.")
+            raise ModelError(
+                "this pipeline has no VAE, so no picture can be encoded",
+                where="model",
+                fix="Load it with its VAE.",
+            )
         vae = self.pipe.vae
         z = vae.encode((image * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode()
-        return self.pack((z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor)
+        return self.pack(
+            (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        )
 
     def decode(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Pictures `b 3 h w` in 0..1 of clean latents, by the pipeline's own arithmetic."""
         vae = self.pipe.vae
         z = self.unpack(x, size) / vae.config.scaling_factor
         shift = getattr(vae.config, "shift_factor", None)
-        image = vae.decode((z + shift if shift is not None else z).to(vae.dtype), return_dict=False)[0]
+        image = vae.decode(
+            (z + shift if shift is not None else z).to(vae.dtype), return_dict=False
+        )[0]
         pictures: Tensor = self.pipe.image_processor.postprocess(image, output_type="pt")
         return pictures
 
@@ -167,7 +209,11 @@ class Backbone:
         parts = [m for m in vars(self.pipe).values() if isinstance(m, nn.Module)]
         weights = sum(p.numel() * p.element_size() for m in parts for p in m.parameters())
         attention = rows * tokens * width * item * (6 if edits else 4)
-        return {"weights": weights, "attention": attention, "probes": probes * tokens * width * item}
+        return {
+            "weights": weights,
+            "attention": attention,
+            "probes": probes * tokens * width * item,
+        }
 
     def tokens(self, size: tuple[int, int]) -> int:
         """Tokens of the longest attention sequence."""
@@ -181,21 +227,35 @@ def adapt(pipe: Any) -> Backbone:
             module, name = FAMILIES[cls.__name__].split(":")
             backbone: Backbone = getattr(import_module(f"{__name__}.{module}"), name)(pipe)
             return backbone
-    raise ModelError(f"no backbone for {type(pipe).__name__}", where="model", fix=f"Supported: {', '.join(FAMILIES)}.")
+    raise ModelError(
+        f"no backbone for {type(pipe).__name__}",
+        where="model",
+        fix=f"Supported: {', '.join(FAMILIES)}.",
+    )
 
 
-def load(path: str, dtype: str = "float32", device: str = "auto", offload: str = "none", revision: str | None = None) -> Any:
+def load(
+    path: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    offload: str = "none",
+    revision: str | None = None,
+) -> Any:
     """A pipeline by folder or hub name: safetensors only, no remote code, on its device. Raises ModelError."""
     from diffusers import DiffusionPipeline
 
-    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(
+        device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("this machine has no CUDA device", where="device", fix="Use device=cpu.")
     if offload != "none" and place.type == "cpu":
         raise ModelError(f"offload={offload} moves modules to an accelerator, and the device is the CPU", where="offload",
                          fix="Use offload=none, or device=cuda.")  # fmt: skip
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, revision=revision)
+        pipe = DiffusionPipeline.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=True, revision=revision
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}", where="model",
                          fix="Give a folder or hub name of a diffusers pipeline with safetensors weights.") from error  # fmt: skip
@@ -221,9 +281,7 @@ def skeleton(path: str, revision: str | None = None) -> Any:
                 continue
             library = {"diffusers": diffusers, "transformers": transformers}[entry[0]]
             cls, where = getattr(library, entry[1]), {"subfolder": name, "revision": revision}
-            if name.startswith("tokenizer"):
-                parts[name] = cls.from_pretrained(path, **where)
-            elif name == "scheduler":
+            if name.startswith("tokenizer") or name == "scheduler":
                 parts[name] = cls.from_pretrained(path, **where)
             elif issubclass(cls, diffusers.ModelMixin):
                 with torch.device("meta"):
@@ -234,7 +292,9 @@ def skeleton(path: str, revision: str | None = None) -> Any:
             else:
                 parts[name] = None
         cls = getattr(diffusers, config["_class_name"])
-        return cls(**parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {}))
+        return cls(
+            **parts, **({"requires_safety_checker": False} if "safety_checker" in parts else {})
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{path} cannot be planned: {' '.join(str(error).split())[:300]}", where="model",
                          fix="Give a folder or hub name of a diffusers pipeline.") from error  # fmt: skip

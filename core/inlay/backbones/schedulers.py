@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..config import suggest
 from ..errors import ConfigError, ModelError
-from ..events import Lane
 from ..frames import Frame
 
 TESTED = "DDIM, DDPM, Euler, Euler ancestral, DPM++ multistep, UniPC, PNDM, FlowMatchEuler"
@@ -69,18 +68,17 @@ def steps_of(scheduler: Any, steps: int) -> list[int]:
     return [min(max(i - warmup, 0) // order, steps - 1) for i in range(count)]
 
 
-def solver(base: Any, lane: Lane, index_of: list[int], begin: bool) -> Any:
-    """The lane's own copy; a lane that starts late starts it at its own index.
+def solver(base: Any, start: int, lane: str, begin: bool) -> Any:
+    """A lane's own copy, for a lane that starts at evaluation `start`.
 
     begin: whether the stock pipeline sets the begin index (identity needs the same).
     """
     own = copy.deepcopy(base)
-    late = bool(lane.steps and lane.steps[0] > 0)
-    if late and hasattr(own, "ets"):
-        problem = f"{type(base).__name__} cannot start at step {lane.steps[0]}"
-        raise ConfigError(problem, where=f"scheduler, lane {lane.name}", fix="Use DDIM or UniPC.")
-    if (late or begin) and hasattr(own, "set_begin_index"):
-        own.set_begin_index(index_of.index(lane.steps[0]) if late else 0)
+    if start and hasattr(own, "ets"):
+        problem = f"{type(base).__name__} cannot start at evaluation {start}"
+        raise ConfigError(problem, where=f"scheduler, lane {lane}", fix="Use DDIM or UniPC.")
+    if (start or begin) and hasattr(own, "set_begin_index"):
+        own.set_begin_index(start)
     return own
 
 

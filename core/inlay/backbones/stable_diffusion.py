@@ -22,7 +22,10 @@ class StableDiffusion(Backbone):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        side = int(card(self.pipe).get("size", 0)) or self.denoiser.config.sample_size * self.pipe.vae_scale_factor
+        side = (
+            int(card(self.pipe).get("size", 0))
+            or self.denoiser.config.sample_size * self.pipe.vae_scale_factor
+        )
         return side, side
 
     def site(self, index: int, name: str, module: nn.Module, depth: float) -> AttnSite:
@@ -32,9 +35,13 @@ class StableDiffusion(Backbone):
         level = levels - 1 - level if block == "up" else level
         heads = int(module.heads)
         kind = "cross" if name.endswith("attn2") else "self"
-        return AttnSite(name, index, kind, block, depth, heads, int(module.inner_dim) // heads, scale=2**level)
+        return AttnSite(
+            name, index, kind, block, depth, heads, int(module.inner_dim) // heads, scale=2**level
+        )
 
-    def spans(self, site: AttnSite, text: int) -> Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]:
+    def spans(
+        self, site: AttnSite, text: int
+    ) -> Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]:
         keys = "text" if site.kind == "cross" else "image"
         return lambda q, k: ({"image": slice(0, q)}, {keys: slice(0, k)})
 
@@ -46,22 +53,51 @@ class StableDiffusion(Backbone):
         embeds = self.pipe.encode_prompt(prompt, self.device, 1, False)[0]
         return Cond(embeds, None, pieces(self.pipe.tokenizer, prompt, embeds.shape[1]))
 
-    def latent(self, n: int, size: tuple[int, int], generator: torch.Generator | None, given: Tensor | None = None) -> Tensor:
+    def latent(
+        self,
+        n: int,
+        size: tuple[int, int],
+        generator: torch.Generator | None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         if given is not None:
             return given.to(self.device, self.dtype)
-        return randn_tensor((n, self.denoiser.config.in_channels, *self.grid(size)), generator=generator, device=self.device, dtype=self.dtype)
+        return randn_tensor(
+            (n, self.denoiser.config.in_channels, *self.grid(size)),
+            generator=generator,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
-    def set_timesteps(self, scheduler: Any, steps: int, sigmas: list[float] | None, size: tuple[int, int]) -> None:
+    def set_timesteps(
+        self, scheduler: Any, steps: int, sigmas: list[float] | None, size: tuple[int, int]
+    ) -> None:
         retrieve_timesteps(scheduler, steps, self.device, None, sigmas)
 
-    def inputs(self, sample: Tensor, t: Tensor, conds: list[tuple[Cond, int]], guidance: list[tuple[float, int]], size: tuple[int, int]) -> dict[str, Any]:
+    def inputs(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        conds: list[tuple[Cond, int]],
+        guidance: list[tuple[float, int]],
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
         condition = None
-        if self.denoiser.config.time_cond_proj_dim is not None:  # LCM-distilled: guidance is an embedding
+        if (
+            self.denoiser.config.time_cond_proj_dim is not None
+        ):  # LCM-distilled: guidance is an embedding
             scales = torch.tensor([g - 1 for g, n in guidance for _ in range(n)])
-            condition = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=self.denoiser.config.time_cond_proj_dim)
+            condition = self.pipe.get_guidance_scale_embedding(
+                scales, embedding_dim=self.denoiser.config.time_cond_proj_dim
+            )
             condition = condition.to(sample.device, sample.dtype)
         embeds = torch.cat([c.embeds.expand(n, -1, -1) for c, n in conds])
-        return {"sample": sample, "timestep": t, "encoder_hidden_states": embeds, "timestep_cond": condition}
+        return {
+            "sample": sample,
+            "timestep": t,
+            "encoder_hidden_states": embeds,
+            "timestep_cond": condition,
+        }
 
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         return guidance if self.denoiser.config.time_cond_proj_dim is None else 1.0
