@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -163,6 +163,7 @@ def test_names_that_climb_out_are_refused(tmp_path: Path, name: str) -> None:
         images.safe_join(tmp_path, name)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_a_joined_name_is_inside_or_refused(name: str) -> None:
     folder = Path("some/folder")

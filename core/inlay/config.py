@@ -115,8 +115,11 @@ def experiments() -> list[str]:
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
-def expand_presets(plugins: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry named like a preset becomes that fragment's plugins, its options merged in."""
+def expand_presets(plugins: Mapping[str, Any], exp: Experiment | None = None) -> dict[str, Any]:
+    """An entry named like a preset becomes that fragment's plugins, its options merged in.
+
+    References such as ${subject} are to `exp`, an empty experiment if there is none.
+    """
     expanded: dict[str, Any] = {}
     for name, values in plugins.items():
         where, group = f"plugins.{name}", {name: values}
@@ -125,7 +128,8 @@ def expand_presets(plugins: Mapping[str, Any]) -> dict[str, Any]:
         if f"presets/{name}" in experiments():
             fragment = read_yaml(data_path("experiments") / "presets" / f"{name}.yaml").plugins
             merged = _merge(fragment, OmegaConf.create(dict(values or {})), where)
-            options: Any = OmegaConf.to_container(merged)
+            context = OmegaConf.merge(OmegaConf.structured(exp or Experiment), {"plugins": merged})
+            options: Any = OmegaConf.to_container(context.plugins, resolve=True)
             group = {k: v for k, v in options.items() if v is not None}
         for key in expanded.keys() & group.keys():
             fix = f"Name the second otherwise and write `use: {key}` under it."
@@ -208,7 +212,7 @@ def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:
                 raise ConfigError("null drops a plugin, none is listed", where=where, fix="Use {}.")
             del config.plugins[name]
     experiment: Experiment = _to_object(config, "")
-    experiment.plugins = expand_presets(experiment.plugins)
+    experiment.plugins = expand_presets(experiment.plugins, experiment)
     return experiment
 
 
