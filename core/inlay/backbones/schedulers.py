@@ -1,4 +1,4 @@
-"""What inlay knows about diffusers schedulers: choosing one, tabulating its frames, driving a lane."""
+"""What inlay knows about diffusers schedulers: choosing, tabulating frames, driving a lane."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TESTED = "DDIM, DDPM, Euler, Euler ancestral, DPM++ multistep, UniPC, PNDM, Flow
 
 
 def choose(own: Any, wanted: Any, flow: bool) -> Any:
-    """The pipeline's own scheduler, an instance, or a diffusers class by name with its configuration.
+    """The pipeline's own scheduler, an instance, or a diffusers class by name.
 
     Raises ConfigError for an unknown name and for one that solves another kind of model.
     """
@@ -49,7 +49,7 @@ def choose(own: Any, wanted: Any, flow: bool) -> Any:
 
 
 def _is_solver(scheduler: Any) -> bool:
-    """Whether `step(output, t, x)` is all it takes; EDM-like preconditioning (sigma_data) is not ours."""
+    """Whether `step(output, t, x)` is all it takes; EDM's preconditioning is not ours."""
     if not hasattr(scheduler, "step") or "sigma_data" in scheduler.config:
         return False
     parameters = list(inspect.signature(scheduler.step).parameters.values())
@@ -91,7 +91,7 @@ def advance(
     solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator
 ) -> Tensor:
     """scheduler.step, with the lane's generator where the scheduler draws noise."""
-    noise = {"generator": generator} if _draws_noise(type(solver)) else {}
+    noise = {"generator": generator} if _draws_noise(type(solver)) else {}  # type: ignore[arg-type]
     following: Tensor = solver.step(output, t, x, **noise, return_dict=False)[0]
     return following.to(x.dtype)
 
@@ -102,11 +102,11 @@ def _draws_noise(scheduler: type) -> bool:
 
 
 def tabulate(scheduler: Any) -> list[Frame]:
-    """Frames of every evaluation plus the one after the last; a pass's own solver may bring `frames`.
+    """Frames of every evaluation and of the end; a pass's own solver may bring `frames`.
 
-    Levels are read from `sigmas` or `alphas_cumprod` of a copy whose timesteps are set and whose begin
-    index is not (with it set, noising returns the first level at every timestep), and checked against
-    the scheduler's own noising. Raises ModelError when they disagree (KDPM2's half-steps).
+    Levels are read from `sigmas` or `alphas_cumprod` of a copy whose timesteps are set and whose
+    begin index is not (with it set, noising returns the first level at every timestep), and checked
+    against the scheduler's own noising. Raises ModelError when they disagree (KDPM2's half-steps).
     """
     if hasattr(scheduler, "frames"):
         return list(scheduler.frames)
@@ -134,7 +134,7 @@ def tabulate(scheduler: Any) -> list[Frame]:
 
 
 def _check(s: Any, timesteps: Tensor, alphas: Tensor, levels: Tensor) -> None:
-    """Compare with the scheduler's noising at each timestep that occurs once (else it is ambiguous)."""
+    """Compare with the scheduler's noising at each timestep that occurs once."""
     name, one, zero = type(s).__name__, torch.ones(1, 1), torch.zeros(1, 1)
     if name == "FlowMatchHeunDiscreteScheduler" or not (
         hasattr(s, "scale_noise") or hasattr(s, "add_noise")

@@ -1,77 +1,60 @@
-"""Stable Diffusion 1.x and 2.x: a U-Net with self- and cross-attention, classifier-free guidance in one batch (null rows first)."""
+"""Stable Diffusion 1.x and 2.x: a U-Net with self- and cross-attention, CFG in one batch (null rows
+first, as StableDiffusionPipeline lays it out)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..events import AttnSite, Cond
-from . import Backbone, card
+from .base import Backbone, Size, Spans
 from .text import pieces
 
 
 class StableDiffusion(Backbone):
-    """StableDiffusionPipeline. `guidance` is the classifier-free scale of a lane; `true_cfg` does not apply."""
+    """StableDiffusionPipeline. A lane's `guidance` is its CFG scale; `true_cfg` does not apply."""
 
     name, denoiser_name = "sd", "unet"
 
     @property
-    def native_size(self) -> tuple[int, int]:
-        side = (
-            int(card(self.pipe).get("size", 0))
-            or self.denoiser.config.sample_size * self.pipe.vae_scale_factor
-        )
-        return side, side
+    def native_size(self) -> Size:
+        side = self.denoiser.config.sample_size * self.multiple
+        return self.card.get("height", side), self.card.get("width", side)
 
-    def site(self, index: int, name: str, module: nn.Module, depth: float) -> AttnSite:
-        levels = len(self.denoiser.config.block_out_channels)
-        block, _, rest = name.partition("_block")
-        level = levels - 1 if block == "mid" else int(rest.split(".")[1])
-        level = levels - 1 - level if block == "up" else level
-        heads = int(module.heads)
-        kind = "cross" if name.endswith("attn2") else "self"
-        return AttnSite(
-            name, index, kind, block, depth, heads, int(module.inner_dim) // heads, scale=2**level
-        )
-
-    def spans(
-        self, site: AttnSite, text: int
-    ) -> Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]:
-        keys = "text" if site.kind == "cross" else "image"
-        return lambda q, k: ({"image": slice(0, q)}, {keys: slice(0, k)})
-
-    def tokens(self, size: tuple[int, int]) -> int:
+    def tokens(self, size: Size) -> int:
         height, width = self.grid(size)
         return height * width
 
+    def site(self, index: int, name: str, module: Any, depth: float) -> AttnSite:
+        block, _, rest = name.partition("_block")
+        last = len(self.denoiser.config.block_out_channels) - 1
+        level = last if block == "mid" else int(rest.split(".")[1])
+        level = last - level if block == "up" else level
+        kind: Literal["cross", "self"] = "cross" if name.endswith("attn2") else "self"
+        width = module.inner_dim // module.heads
+        return AttnSite(name, index, kind, block, depth, module.heads, width, scale=2**level)
+
+    def spans(self, site: AttnSite, text: int) -> Spans:
+        names = "text" if site.kind == "cross" else "image"
+        return lambda queries, keys: ({"image": slice(0, queries)}, {names: slice(0, keys)})
+
     def encode_text(self, prompt: str) -> Cond:
-        embeds = self.pipe.encode_prompt(prompt, self.device, 1, False)[0]
-        return Cond(embeds, None, pieces(self.pipe.tokenizer, prompt, embeds.shape[1]))
+        tokens = pieces(self.pipe.tokenizer, prompt, self.pipe.tokenizer.model_max_length)
+        return Cond(self.pipe.encode_prompt(prompt, self.device, 1, False)[0], None, tokens)
 
     def latent(
-        self,
-        n: int,
-        size: tuple[int, int],
-        generator: torch.Generator | None,
-        given: Tensor | None = None,
+        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
     ) -> Tensor:
         if given is not None:
             return given.to(self.device, self.dtype)
-        return randn_tensor(
-            (n, self.denoiser.config.in_channels, *self.grid(size)),
-            generator=generator,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        shape = (n, self.denoiser.config.in_channels, *self.grid(size))
+        return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 
-    def set_timesteps(
-        self, scheduler: Any, steps: int, sigmas: list[float] | None, size: tuple[int, int]
-    ) -> None:
+    def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
         retrieve_timesteps(scheduler, steps, self.device, None, sigmas)
 
     def inputs(
@@ -80,24 +63,16 @@ class StableDiffusion(Backbone):
         t: Tensor,
         conds: list[tuple[Cond, int]],
         guidance: list[tuple[float, int]],
-        size: tuple[int, int],
+        size: Size,
     ) -> dict[str, Any]:
-        condition = None
-        if (
-            self.denoiser.config.time_cond_proj_dim is not None
-        ):  # LCM-distilled: guidance is an embedding
-            scales = torch.tensor([g - 1 for g, n in guidance for _ in range(n)])
-            condition = self.pipe.get_guidance_scale_embedding(
-                scales, embedding_dim=self.denoiser.config.time_cond_proj_dim
-            )
-            condition = condition.to(sample.device, sample.dtype)
+        distilled, width = None, self.denoiser.config.time_cond_proj_dim
+        if width is not None:  # LCM: guidance is an embedding
+            scales = torch.tensor([scale - 1 for scale, n in guidance for _ in range(n)])
+            distilled = self.pipe.get_guidance_scale_embedding(scales, embedding_dim=width)
+            distilled = distilled.to(sample.device, sample.dtype)
         embeds = torch.cat([c.embeds.expand(n, -1, -1) for c, n in conds])
-        return {
-            "sample": sample,
-            "timestep": t,
-            "encoder_hidden_states": embeds,
-            "timestep_cond": condition,
-        }
+        text = {"encoder_hidden_states": embeds, "timestep_cond": distilled}
+        return {"sample": sample, "timestep": t, **text}
 
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         return guidance if self.denoiser.config.time_cond_proj_dim is None else 1.0

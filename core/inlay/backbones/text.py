@@ -25,7 +25,7 @@ def find(cond: Cond, word: str) -> tuple[int, ...]:
 
     Raises InputError when the prompt does not hold it.
     """
-    text, owner = "", []
+    text, owner = "", list[int]()
     for i, piece in enumerate(cond.tokens):
         clean = piece.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")
         text, owner = text + clean, owner + [i] * len(clean)

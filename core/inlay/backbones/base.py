@@ -1,0 +1,198 @@
+"""What the loop needs to know about a pipeline; a family fills in the abstract part in one file."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attention_modules
+from ..errors import ConfigError, ModelError
+from ..events import AttnSite, Branch, Cond
+
+Size = tuple[int, int]
+Spans = Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]
+
+
+class Backbone(ABC):
+    """A pipeline as the loop sees it; it owns no weights.
+
+    Latents are in the family's layout (`b c h w`, or FLUX's packed `b n c`), pictures `b 3 h w` in
+    0..1, sizes (height, width) in pixels.
+    name: the family. denoiser_name: the pipeline's attribute. flow: the model predicts velocity.
+    sets_begin_index: the stock pipeline calls scheduler.set_begin_index(0).
+    """
+
+    name: ClassVar[str]
+    denoiser_name: ClassVar[str]
+    flow: ClassVar[bool] = False
+    sets_begin_index: ClassVar[bool] = False
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.denoiser: Any = getattr(pipe, self.denoiser_name)
+
+    @abstractmethod
+    def site(self, index: int, name: str, module: Any, depth: float) -> AttnSite:
+        """Describe one attention module."""
+
+    @abstractmethod
+    def spans(self, site: AttnSite, text: int) -> Spans:
+        """(queries, keys) -> token slices of both by name, for a prompt of `text` tokens."""
+
+    @abstractmethod
+    def encode_text(self, prompt: str) -> Cond:
+        """The prompt as the stock pipeline encodes it. Raises InputError when it is too long."""
+
+    @abstractmethod
+    def latent(
+        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
+    ) -> Tensor:
+        """x_T of n pictures, drawn as the stock pipeline draws it; or `given`, on the device."""
+
+    @abstractmethod
+    def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
+        """As the stock pipeline sets them (FLUX shifts with the picture's size)."""
+
+    @abstractmethod
+    def inputs(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        conds: list[tuple[Cond, int]],
+        guidance: list[tuple[float, int]],
+        size: Size,
+    ) -> dict[str, Any]:
+        """Keyword arguments of one denoiser call; conds and guidance with their number of rows."""
+
+    @abstractmethod
+    def cfg_scale(self, guidance: float, true_cfg: float) -> float:
+        """The classifier-free scale of a lane; above 1 it gets a null branch."""
+
+    @abstractmethod
+    def tokens(self, size: Size) -> int:
+        """Tokens of the longest attention sequence."""
+
+    @property
+    @abstractmethod
+    def native_size(self) -> Size:
+        """The size that the model was trained at."""
+
+    def groups(self, branches: list[Branch]) -> tuple[tuple[str, ...], ...]:
+        """Branches per model call, as the stock pipeline groups them."""
+        return (tuple(b.name for b in branches),)
+
+    def to_grid(self, x: Tensor, size: Size) -> Tensor:
+        """Latents as `b c h w` of the token grid, for anything spatial."""
+        return x
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """Inverse of `to_grid`; a mask `b 1 h w` becomes one that broadcasts over latents."""
+        return grid
+
+    def pack(self, z: Tensor) -> Tensor:
+        """VAE latents `b c h w` in model layout."""
+        return z
+
+    def unpack(self, x: Tensor, size: Size) -> Tensor:
+        """Inverse of `pack`."""
+        return x
+
+    @property
+    def multiple(self) -> int:
+        """Pixels per token: picture sides are multiples of it."""
+        return int(self.pipe.vae_scale_factor)
+
+    def grid(self, size: Size) -> Size:
+        """(height, width) in tokens."""
+        return size[0] // self.multiple, size[1] // self.multiple
+
+    def fit(self, size: Any, picture: Size | None) -> Size:
+        """A size the model allows: `size` (side or pair) rounded down, else the picture's shape at
+        the model's native area, else the native size. Raises ConfigError below 2x2 tokens."""
+        height, width = self.native_size
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+        elif picture is not None:
+            ratio = (height * width / (picture[0] * picture[1])) ** 0.5 / self.multiple
+            height, width = (max(2, round(side * ratio)) * self.multiple for side in picture)
+        height, width = (side // self.multiple * self.multiple for side in (height, width))
+        if min(height, width) < 2 * self.multiple:
+            problem = f"{height}x{width} pixels is too small for this model"
+            raise ConfigError(problem, where="size", fix=f"Use {2 * self.multiple} or more.")
+        return height, width
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Attention modules of the denoiser by path."""
+        return attention_modules(self.denoiser)
+
+    @cached_property
+    def sites(self) -> tuple[AttnSite, ...]:
+        last = max(len(self.modules) - 1, 1)
+        listed = enumerate(self.modules.items())
+        return tuple(self.site(i, name, module, i / last) for i, (name, module) in listed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors go: the denoiser's device, or the one an offload hook moves it to."""
+        hook = getattr(self.denoiser, "_hf_hook", None)
+        away = getattr(hook, "execution_device", None)
+        return next(self.denoiser.parameters()).device if away is None else torch.device(away)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """How a local model folder says it is to be sampled (`settings.json`: height, width,
+        max_sequence_length ...); {} where it says nothing."""
+        folder = str(self.pipe.config.get("_name_or_path") or "")
+        path = Path(folder) / "settings.json"
+        return dict(json.loads(path.read_text())) if folder and path.is_file() else {}
+
+    def denoise(self, kwargs: dict[str, Any], role: str) -> Tensor:
+        """One model call; diffusers' caches keep text and null apart by the context's name."""
+        context = getattr(self.denoiser, "cache_context", None)
+        with context({"text": "cond", "null": "uncond"}[role]) if context else nullcontext():
+            output: Tensor = self.denoiser(**kwargs, return_dict=False)[0]
+        return output
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Clean latents (the mode, not a sample) of pictures."""
+        vae = self.pipe.vae
+        if vae is None:
+            fix = "Load it with its VAE."
+            raise ModelError("this pipeline cannot encode pictures", where="model", fix=fix)
+        z = vae.encode((image * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return self.pack((z - shift) * vae.config.scaling_factor).to(self.dtype)
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        """Pictures of clean latents, by the stock pipeline's own arithmetic."""
+        vae = self.pipe.vae
+        z, shift = self.unpack(x, size) / vae.config.scaling_factor, vae.config.shift_factor
+        image = vae.decode((z if shift is None else z + shift).to(vae.dtype), return_dict=False)[0]
+        pictures: Tensor = self.pipe.image_processor.postprocess(image, output_type="pt")
+        return pictures
+
+    def memory(self, size: Size, rows: int, edits: bool, probes: int) -> dict[str, int]:
+        """Bytes by purpose, by arithmetic: weights; Q, K, V and output of the largest attention (keys
+        doubled by an append); what probes add."""
+        width = max(s.heads * s.dim for s in self.sites)
+        item = torch.finfo(self.dtype).bits // 8
+        parts = [part for part in vars(self.pipe).values() if isinstance(part, nn.Module)]
+        one = self.tokens(size) * width * item
+        return {
+            "weights": sum(p.numel() * p.element_size() for m in parts for p in m.parameters()),
+            "attention": rows * one * (6 if edits else 4),
+            "probes": probes * one,
+        }

@@ -1,0 +1,107 @@
+"""From a name to a pipeline: with its weights, or as a skeleton without them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from .base import Backbone
+
+FAMILIES = {
+    "FluxPipeline": "flux:Flux",
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+}
+
+
+def adapt(pipe: Any) -> Backbone:
+    """The backbone of a live pipeline. Raises ModelError for a family without an adapter."""
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in FAMILIES:
+            module, name = FAMILIES[cls.__name__].split(":")
+            backbone: Backbone = getattr(import_module(f"{__package__}.{module}"), name)(pipe)
+            return backbone
+    fix = f"Supported: {', '.join(FAMILIES)}."
+    raise ModelError(f"no backbone for {type(pipe).__name__}", where="model", fix=fix)
+
+
+def load(
+    path: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    offload: str = "none",
+    revision: str | None = None,
+) -> Any:
+    """A pipeline by folder or hub name, on its device: safetensors only, no remote code.
+
+    Raises ModelError when it cannot be loaded, or the device or offload is not to be had.
+    """
+    from diffusers import DiffusionPipeline
+
+    cuda = torch.cuda.is_available()
+    place = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
+    if place.type == "cuda" and not cuda:
+        raise ModelError("there is no CUDA device here", where="device", fix="Use device=cpu.")
+    if offload != "none" and place.type == "cpu":
+        problem = f"offload={offload} moves modules to an accelerator, and the device is the CPU"
+        raise ModelError(problem, where="offload", fix="Use offload=none, or device=cuda.")
+    options = {"use_safetensors": True, "revision": revision}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise _unusable(path, error) from error
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=place)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=place)
+    else:
+        pipe.to(place)
+    return pipe
+
+
+def skeleton(path: str, revision: str | None = None) -> Any:
+    """The pipeline without weights: networks on the meta device, true tokenizers and scheduler.
+
+    Raises ModelError when the folder or hub name holds no such pipeline.
+    """
+    import diffusers
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    try:
+        config = diffusers.DiffusionPipeline.load_config(path, revision=revision)
+        parts: dict[str, Any] = {}
+        for name, entry in config.items():
+            if isinstance(entry, list) and len(entry) == 2:
+                cls = getattr(libraries.get(entry[0]), str(entry[1]), None)
+                parts[name] = _part(cls, path, {"subfolder": name, "revision": revision})
+        if "safety_checker" in parts:
+            parts |= {"safety_checker": None, "requires_safety_checker": False}
+        pipe = getattr(diffusers, config["_class_name"])(**parts)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _unusable(path, error) from error
+    pipe.register_to_config(_name_or_path=path)
+    return pipe
+
+
+def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
+    """A component: networks without their weights, anything else as it is."""
+    from diffusers import ModelMixin
+    from transformers import AutoConfig, PreTrainedModel
+
+    if cls is None:
+        return None
+    with torch.device("meta"):
+        if issubclass(cls, ModelMixin):
+            return cls.from_config(cls.load_config(path, **where))
+        if issubclass(cls, PreTrainedModel):
+            return cls(AutoConfig.from_pretrained(path, **where))
+    return cls.from_pretrained(path, **where)
+
+
+def _unusable(path: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300]
+    fix = "Give a folder or hub name of a diffusers pipeline with safetensors weights."
+    return ModelError(f"'{path}' cannot be loaded: {reason}", where="model", fix=fix)
