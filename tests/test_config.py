@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay import config
 from inlay.errors import ConfigError
+from inlay_config import config
 
 ALIAS_BOMB = "a: &a [x, x]\n" + "".join(
     f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n" for x, y in itertools.pairwise("abcdef")

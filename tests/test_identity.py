@@ -3,9 +3,9 @@
 import diffusers
 import pytest
 import torch
-from models import conds, flux, stable_diffusion
 
 import inlay
+from models import conds, flux, stable_diffusion
 
 SD_SCHEDULERS = [
     "DDIMScheduler",

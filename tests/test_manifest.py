@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from inlay import config, manifest
 from inlay.backbones import images
 from inlay.board import Board
 from inlay.cli import replay
 from inlay.errors import InputError
 from inlay.events import Result
+from inlay_config import config, manifest
 
 
 def record(tmp_path: Path) -> dict[str, Any]:

@@ -54,10 +54,12 @@ def test_the_wheel_holds_data_and_licences(site: Path) -> None:
 def test_the_wheel_works_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
     code = "import inlay; print(inlay.__file__)"
     assert Path(python(site, tmp_path, code)).is_relative_to(site)
-    code = "from inlay import config; print(list(config.load('addit', ['seed=3']).plugins))"
+    code = "from inlay_config import config; print(list(config.load('addit', ['seed=3']).plugins))"
     assert "weighted_attention" in python(site, tmp_path, code)
-    code = "from inlay import registry; print(registry.plugin_class('latent_blend').__name__)"
+    code = (
+        "from inlay_config import registry; print(registry.plugin_class('latent_blend').__name__)"
+    )
     assert python(site, tmp_path, code) == "LatentBlend"
-    code = "from inlay import registry; print(registry.resolve_model('toybox/flux'))"
+    code = "from inlay_config import registry; print(registry.resolve_model('toybox/flux'))"
     assert Path(python(site, tmp_path, code)).is_relative_to(site)
     assert list(tmp_path.iterdir()) == []

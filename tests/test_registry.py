@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from inlay import registry
 from inlay.errors import ConfigError, ModelError, PluginError
+from inlay_config import registry
 
 SHIPPED = sorted(name for name, entry in registry.plugins().items() if entry["source"] == "inlay")
 
@@ -35,7 +35,7 @@ def test_an_unknown_plugin_is_refused_with_a_suggestion() -> None:
 
 
 def test_listing_imports_neither_torch_nor_plugins() -> None:
-    code = "import sys; from inlay import registry; registry.plugins(); registry.models()\n"
+    code = "import sys; from inlay_config import registry; registry.plugins(); registry.models()\n"
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'inlay_plugins', 'inlay_toybox')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -61,9 +61,7 @@ def test_a_broken_third_party_is_named_when_used(monkeypatch: pytest.MonkeyPatch
             registry.plugin_class(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["flux", "toybox/flx", "/nowhere", "./nowhere", "../x/y", "a/b/c"]
-)
+@pytest.mark.parametrize("name", ["flux", "toybox/flx", "/nowhere", "./nowhere", "../x/y", "a/b/c"])
 def test_an_unknown_model_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=f"model: no model '{name}'"):
         registry.resolve_model(name)

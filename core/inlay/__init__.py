@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbones.schedulers import tabulate
     from .edits import AttnEdits
-    from .errors import ConfigError, InlayError, InputError, ModelError
-    from .errors import PlanConflict, PluginError, SeamMissed
+    from .errors import (
+        ConfigError,
+        InlayError,
+        InputError,
+        ModelError,
+        PlanConflict,
+        PluginError,
+        SeamMissed,
+    )
     from .events import AttnSite, Cond, Lane, Plugin, Result, Rows, Step, Window
     from .frames import Frame
     from .hookspecs import hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from .edits import Op, lane_of
@@ -82,7 +82,7 @@ class Plan:
     events: dict[str, tuple[str, ...]]
     memory: dict[str, int]
 
-    @lru_cache(maxsize=None)  # noqa: B019  (a plan lives as long as its run)
+    @cache  # noqa: B019  (a plan lives as long as its run)
     def allowed(self, pass_: str, site: str, step: int) -> frozenset[tuple[str, str, str, str]]:
         """(plugin, op, lane, from) of the edits that may be emitted there."""
         here = (e for e in self.edits if e.pass_ == pass_ and site in e.sites and step in e.steps)

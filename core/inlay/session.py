@@ -13,11 +13,13 @@ import pluggy
 import torch
 from torch import Tensor
 
-from . import backbones, config, hookspecs, manifest, registry
+from inlay_config import config, manifest, registry
+from inlay_config.config import Experiment
+
+from . import backbones, hookspecs
 from .attention import Seam
-from .backbones import Backbone, images, schedulers, text
+from .backbones import images, schedulers, text
 from .board import Board
-from .config import Experiment
 from .errors import ModelError
 from .events import Cond, Lane, Plugin, Result, Step, stream
 from .frames import Frame
@@ -133,8 +135,8 @@ class Session:
         live = {name: p for name, p in (plugins or {}).items() if isinstance(p, Plugin)}
         options = {name: v for name, v in (plugins or {}).items() if name not in live}
         self.record |= {"plugins": options, "scheduler": type(self.scheduler).__name__}
-        built = {name: _build(name, v) for name, v in config.expand_presets(options).items()}
-        self.plugins: dict[str, Plugin] = built | live
+        listed = config.expand_presets({name: options.get(name) for name in plugins or ()})
+        self.plugins = {name: live.get(name) or _build(name, v) for name, v in listed.items()}
         self.manager, self._callers = pluggy.PluginManager("inlay"), dict[tuple[str, str], Any]()
         self.manager.add_hookspecs(hookspecs)
         for name, plugin in reversed(self.plugins.items()):  # pluggy calls the last one first

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from inlay.errors import InputError
-from inlay.manifest import portable
+from inlay_config.manifest import portable
 
 if TYPE_CHECKING:
     from inlay.events import Result

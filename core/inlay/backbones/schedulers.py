@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import suggest
+from inlay_config.config import suggest
+
 from ..errors import ConfigError, ModelError
 from ..frames import Frame
 

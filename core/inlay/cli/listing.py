@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay import registry
+from inlay_config import registry
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

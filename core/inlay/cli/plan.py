@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from inlay import config
 from inlay.cli.listing import Json
 from inlay.cli.tables import plan_data
+from inlay_config import config
 
 
 def plan(

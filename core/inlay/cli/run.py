@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from inlay import config
 from inlay.cli.listing import Json
-from inlay.config import Experiment
 from inlay.errors import ConfigError
+from inlay_config import config
+from inlay_config.config import Experiment
 
 
 def run(

@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from inlay.config import data_path, read_yaml, suggest
 from inlay.errors import ConfigError, ModelError, PluginError
+from inlay_config.config import data_path, read_yaml, suggest
 
 
 def plugins() -> dict[str, dict[str, Any]]:

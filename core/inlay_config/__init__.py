@@ -1,0 +1,4 @@
+"""What an experiment is on paper: its schema and YAML, the names it may use, the record of a run.
+
+Needs no torch; the core (`inlay`) and the command line are built on it.
+"""
