@@ -1,6 +1,6 @@
 """Latent blending: after listed steps the source's latent is put back outside a mask.
 
-z_edit <- m·z_edit + (1 - m)·z_source (Add-it, section 3.4; Avrahami et al. 2022 do it at all steps).
+z_edit <- m·z_edit + (1 - m)·z_source (Add-it, section 3.4; Blended Diffusion does it at all steps).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class LatentBlend(Plugin):
         """steps: each a step, or a window [first, last]; []: never. mask: a board key, 1 = the
         edit's: mask:subject, or mask:user of the caller.
 
-        background: noised is the source exactly at the next noise level, without an evaluation; lane,
-        as published, is where the solver takes the source lane, whose rows then live at these steps.
+        background: noised is the source exactly at the next noise level, without an evaluation;
+        lane, as published, is where the solver takes the source lane, whose rows then live there.
         mode: fixed keeps soft edges of a resized mask; reference counts cells above 0.01 fully.
         """
 

@@ -51,7 +51,7 @@ def dilate(mask: Tensor, cells: int) -> Tensor:
 
 
 def feather(mask: Tensor, pixels: int) -> Tensor:
-    """A ramp around the mask: 1 inside, falling to exactly 0 within `pixels` (rounded up to even)."""
+    """A ramp around the mask: 1 inside, exactly 0 beyond `pixels` (rounded up to even)."""
     radius = math.ceil(pixels / 2)
     wide = F.pad(dilate(mask, radius), (radius,) * 4, mode="replicate")
     rows = F.avg_pool2d(wide, (2 * radius + 1, 1), 1)

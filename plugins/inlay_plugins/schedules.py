@@ -42,7 +42,9 @@ class Schedule:
         pairs = value if isinstance(value, list | tuple) else [[0, value]]
         try:
             knots = tuple((at / total if isinstance(at, int) else at, v) for at, v in pairs)
-            good = bool(knots) and all(math.isfinite(v) and v >= 0 and 0 <= at < 1 for at, v in knots)
+            good = bool(knots) and all(
+                math.isfinite(v) and v >= 0 and 0 <= at < 1 for at, v in knots
+            )
         except (TypeError, ValueError):
             good = False
         if not good or list(knots) != sorted(knots, key=lambda knot: knot[0]):

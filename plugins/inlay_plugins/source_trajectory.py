@@ -144,9 +144,12 @@ class Inverter:
 
     def __init__(self, base: Any, iterations: int) -> None:
         self.levels: list[Frame] = tabulate(base)[::-1]
-        if len(base.timesteps.unique()) < len(base.timesteps) or self.levels[0].predicts == "sample":
-            raise ConfigError(f"{type(base).__name__} cannot be inverted", where="scheduler",
-                              fix="Use one with one evaluation per step: DDIM, Euler, DPM++.")  # fmt: skip
+        repeated = len(base.timesteps.unique()) < len(base.timesteps)
+        if repeated or self.levels[0].predicts == "sample":
+            fix = "Use one that evaluates a step once: DDIM, Euler, DPM++ or FlowMatchEuler."
+            raise ConfigError(
+                f"{type(base).__name__} cannot be inverted", where="scheduler", fix=fix
+            )
         up = base.timesteps.flip(0)
         times = torch.cat([torch.zeros_like(up[:1]), up])
         ends = [k + (part > 0) for k in range(len(up)) for part in range(iterations)]
@@ -159,7 +162,9 @@ class Inverter:
         frame = self.frames[self._evaluation]
         return x / (frame.sigma**2 + 1).sqrt() if frame.space == "ve" else x
 
-    def step(self, output: Tensor, t: Tensor, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    def step(
+        self, output: Tensor, t: Tensor, x: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
         """One evaluation: from the start of the step, along the slope found at x."""
         here, step = self.frames[self._evaluation], self._evaluation // self.order
         if self._evaluation % self.order == 0:

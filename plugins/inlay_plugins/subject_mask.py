@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from inlay_plugins.schedules import step_index
 # Double blocks 13, 14, 18 of 19 and single blocks 23, 33 of 38, as published, by relative depth.
 DEPTHS = {"double": (13 / 18, 14 / 18, 1.0), "single": (23 / 37, 33 / 37)}
 UNET_SIDE = 16  # cells per side of the cross-attention maps with the clearest shapes (SD at 512 px)
-FUNCTION_WORDS = frozenset(
-    "a an the this that its his her their some and or with of in on at by to from into near beside"
-    " behind above below under over is are there".split()
+FUNCTION_WORDS = re.compile(
+    "an?|the|this|that|its|his|her|their|some|and|or|with|of|in|on|at|by|to|from|into|near|beside|"
+    "behind|above|below|under|over|is|are|there",
+    re.IGNORECASE,
 )
 
 LOCALISERS: dict[str, Callable[[Tensor], Tensor]] = {"attention": masks.otsu}
@@ -42,13 +44,13 @@ class SubjectMask(Plugin):
 
     @dataclass
     class Config:
-        """subject: words of prompt.edit, one string or several; "": what prompt.edit adds to
-        prompt.source. step: the last one recorded, which publishes; count: how many. sites: names of
-        attention modules; []: chosen by depth. dilate: token cells added around the mask.
+        """subject: words of prompt.edit, one string or several; "": what it adds to prompt.source.
+        step: the last one recorded, which publishes; count: how many. sites: names of attention
+        modules; []: chosen by depth. dilate: token cells added around the mask.
 
-        mode: fixed sums the picture's attention to all pieces of the words. reference, as published:
-        the last piece only, plus the text's attention to the picture, and the picture's attention
-        to it at the last step only (joint attention models).
+        mode: fixed sums the picture's attention to all pieces of the words. reference, as
+        published: the last piece only, the text's attention to the picture added up, and the
+        picture's attention to it at the last step only (joint attention models).
         """
 
         subject: Any = ""
@@ -132,7 +134,7 @@ def infer_subject(prompt: Any, where: str) -> str:
     source, edit = ([w.strip(".,;:!?") for w in prompt[k].split()] for k in ("source", "edit"))
     matcher = difflib.SequenceMatcher(None, [w.lower() for w in source], [w.lower() for w in edit])
     added = [i for tag, _, _, a, b in matcher.get_opcodes() if tag != "equal" for i in range(a, b)]
-    telling = [(i, edit[i]) for i in added if edit[i].lower() not in FUNCTION_WORDS]
+    telling = [(i, edit[i]) for i in added if not FUNCTION_WORDS.fullmatch(edit[i])]
     runs = groupby(enumerate(telling), key=lambda item: item[1][0] - item[0])
     phrases = [" ".join(word for _, (_, word) in run) for _, run in runs]
     if len(phrases) != 1:

@@ -1,6 +1,6 @@
 """Weighted extended attention: the edit attends to the source's image tokens too (Add-it, eq. 2).
 
-K = [gamma_p·K_edit[text]; gamma_t·K_edit[image]; gamma_s·K_source[image]], V joined without weights:
+K = [gamma_p·K_edit[text]; gamma_t·K_edit[image]; gamma_s·K_source[image]], V joined unweighted:
 gamma scales logits. The source is computed as if alone. Joint blocks (FLUX) and self-attention
 (U-Net) are extended; cross-attention holds no image keys.
 """
@@ -32,7 +32,7 @@ class WeightedAttention(Plugin):
     @dataclass
     class Config:
         """gamma: the paper's scale, of prompt and target alike; gamma_p, gamma_t: each by itself
-        (null: gamma); gamma_s: of the source. A number, {start, end}, or knots [[step, value], ...].
+        (null: gamma); gamma_s: of the source. A number, {start, end} or knots [[step, value], …].
 
         combine: join concatenates the keys. sum attends once, to image keys and values
         w_s·source + w_t·edit with w_s = gamma_s/(gamma_s + gamma_t) and w_t = 1 - w_s.
