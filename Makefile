@@ -1,4 +1,6 @@
-# Every target makes .venv by itself, once. `make demo ARGS=input.image=me.png` adds a picture of yours.
+# Every target makes .venv by itself, once.
+# `make demo` inserts objects into three toybox scenes; with ARGS into a picture of yours as well:
+# make demo ARGS="input.image=me.png prompt.source='a view of the road' prompt.edit='a car on the road' subject=car"
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -8,7 +10,8 @@ ARGS ?=
 .PHONY: demo test test-goldens bench quality lint clean
 
 demo: $(READY)
-	$(BIN)/inlay run demo --out outputs/demo $(ARGS)
+	$(BIN)/inlay run demo --out outputs/demo
+	$(if $(ARGS),$(BIN)/inlay run addit --out outputs/demo/yours $(ARGS))
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

@@ -54,5 +54,6 @@ def save_flux(folder: Path) -> Path:
         text_encoder_2=T5EncoderModel(t5_config).eval(),
     )
     pipe.save_pretrained(folder)
-    (folder / "inlay.json").write_text(json.dumps({"size": 32, "max_sequence_length": TOKENS}))
+    settings = {"height": 32, "width": 32, "max_sequence_length": TOKENS}
+    (folder / "settings.json").write_text(json.dumps(settings))
     return folder

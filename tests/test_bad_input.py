@@ -69,7 +69,7 @@ def refused(invoke: Invoke, *words: str) -> str:
         ("plugins.structur_transfer={}", "no plugin 'structur_transfer'. Did you mean"),
         ("plugins.weighted_attention.gama=2", "gama: unknown key. Did you mean 'gamma'?"),
         ("plugins.weighted_attention.gamma=.nan", "attention.gamma: nan is not a finite number"),
-        ("plugins.weighted_attention.windows.double=[0, 99]", "double: steps 0..99 are outside a run"),
+        ("plugins.weighted_attention.windows.double=[0, 99]", "steps 0..99 are outside a run"),
         ("plugins.structure_transfer.step=7", "plugins.structure_transfer.step"),
         ("subject=zebra", "subject: 'zebra' is not in the prompt"),
         ("offload=model", "offload"),

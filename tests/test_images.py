@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from inlay.backbones import images
-from inlay.errors import InputError
+from inlay_config.errors import InputError
+from inlay_config import images
 
 RED = (200, 30, 10)
 

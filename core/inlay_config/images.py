@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, PngImagePlugin
-from torch import Tensor
 
-from inlay.errors import InputError
+from inlay_config.errors import InputError
 from inlay_config.manifest import portable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import; a bad picture is told at once
+    from torch import Tensor
+
     from inlay.events import Result
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
+BOARD = {"image": ("image:source", "image:original"), "mask": ("mask:user",)}
 LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -67,8 +68,20 @@ def as_picture(value: Any, where: str, mode: str = "RGB") -> Image.Image | None:
     return value.convert(mode)
 
 
+def on_board(pictures: Mapping[str, Any], size: tuple[int, int], device: Any) -> dict[str, Tensor]:
+    """Input pictures as board values: at the model's size (height, width), and as they came."""
+    values = {}
+    for kind, picture in pictures.items():
+        fitted, *originals = BOARD[kind]
+        values[fitted] = to_tensor(picture.resize(size[::-1], LANCZOS)).to(device)
+        values |= {original: to_tensor(picture) for original in originals}
+    return values
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB or L to float32 `1 c h w` in 0..1."""
+    import torch
+
     array = np.atleast_3d(np.asarray(image, dtype=np.float32) / 255)
     return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
 
