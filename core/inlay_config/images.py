@@ -58,7 +58,7 @@ def as_picture(value: Any, where: str, mode: str = "RGB") -> Image.Image | None:
     """A path, a PIL picture or a tensor `1 c h w` in 0..1 as a PIL picture; None stays None."""
     if value is None:
         return None
-    if isinstance(value, Tensor):
+    if hasattr(value, "detach"):  # a tensor, told without importing torch
         value = to_pil(value)[0]
     elif isinstance(value, str | Path):
         value = open_image(value, where)
