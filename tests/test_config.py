@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay.errors import ConfigError
+from inlay_config.errors import ConfigError
 from inlay_config import config
 
 ALIAS_BOMB = "a: &a [x, x]\n" + "".join(

@@ -12,28 +12,31 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from inlay.backbones import images
 from inlay.board import Board
 from inlay.cli import replay
-from inlay.errors import InputError
+from inlay_config.errors import InputError
 from inlay.events import Result
-from inlay_config import config, manifest
+from inlay_config import config, images, manifest
+
+
+PICTURE = Image.new("RGB", (4, 4), "red")
 
 
 def record(tmp_path: Path) -> dict[str, Any]:
+    """What a run hands to `manifest.build`."""
     overrides = [f"input.image={tmp_path}/me.png", f"model={tmp_path}/model", f"out={tmp_path}"]
     experiment = config.to_dict(config.load("addit", overrides))
-    return manifest.build(
-        experiment, plan="p1", weights="w1", inputs={"image": "i1"}, seed=3, timings={"total": 1.5}
-    )
+    run = {"plan": "p1", "seed": 3, "timings": {"total": 1.5}}
+    return {"experiment": experiment, "folder": "", "pictures": {"image": PICTURE}, **run}
 
 
 def test_a_manifest_holds_what_reproduces_a_run(tmp_path: Path) -> None:
-    built = record(tmp_path)
+    built = manifest.build(**record(tmp_path))
     assert {"torch", "diffusers", "transformers", "numpy", "inlay", "python"} <= set(
         built["versions"]
     )
-    assert built["plan"] == "p1" and built["seed"] == 3 and built["inputs"] == {"image": "i1"}
+    assert built["plan"] == "p1" and built["seed"] == 3 and built["weights"] == ""
+    assert built["inputs"] == {"image": manifest.hash_image(PICTURE)}
     assert config.from_dict(built["experiment"]) == config.load(
         "addit",
         [f"input.image={tmp_path}/me.png", f"model={tmp_path}/model", f"out={tmp_path}"],
@@ -41,7 +44,7 @@ def test_a_manifest_holds_what_reproduces_a_run(tmp_path: Path) -> None:
 
 
 def test_a_picture_carries_the_manifest_without_the_machine(tmp_path: Path) -> None:
-    built = record(tmp_path)
+    built = manifest.build(**record(tmp_path))
     images.save(Image.new("RGB", (4, 4)), tmp_path / "x.png", built)
     text = Image.open(tmp_path / "x.png").info["inlay"]
     for private in (str(tmp_path), built["host"], "timings"):
@@ -69,7 +72,9 @@ def test_result_files(tmp_path: Path) -> None:
         "masks/user.png",
         "manifest.json",
     }
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == record(tmp_path)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest.build(
+        **record(tmp_path)
+    )
 
 
 def test_a_mask_name_cannot_climb_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inlay.errors import ConfigError, ModelError, PluginError
+from inlay_config.errors import ConfigError, ModelError, PluginError
 from inlay_config import registry
 
 SHIPPED = sorted(name for name, entry in registry.plugins().items() if entry["source"] == "inlay")

@@ -7,9 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbones.schedulers import tabulate
-    from .edits import AttnEdits
-    from .errors import (
+    from inlay_config.errors import (
         ConfigError,
         InlayError,
         InputError,
@@ -18,24 +16,27 @@ if TYPE_CHECKING:
         PluginError,
         SeamMissed,
     )
+
+    from .backbones.schedulers import tabulate
+    from .cli.experiment import run
+    from .edits import AttnEdits
     from .events import AttnSite, Cond, Lane, Plugin, Result, Rows, Step, Window
     from .frames import Frame
     from .hookspecs import hookimpl
     from .plan import Needs, Plan
-    from .session import Run, Session, run
+    from .session import Run, Session
 
 __all__ = [
     "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "InlayError", "InputError", "Lane",
     "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
     "SeamMissed", "Session", "Step", "Window", "hookimpl", "run", "tabulate",
 ]  # fmt: skip
+HOMES = "hookspecs frames events edits plan session backbones.schedulers cli.experiment"
 
 
 def __getattr__(name: str) -> Any:
-    homes = ("errors", "hookspecs", "events", "frames", "edits", "plan", "session",
-             "backbones.schedulers")  # fmt: skip
+    homes = ["inlay_config.errors", *(f"inlay.{home}" for home in HOMES.split())]
     for home in homes if name in __all__ else ():
-        module = import_module(f"inlay.{home}")
-        if name in vars(module):
-            return vars(module)[name]
+        if name in (names := vars(import_module(home))):
+            return names[name]
     raise AttributeError(f"module 'inlay' has no attribute {name!r}")

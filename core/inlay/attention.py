@@ -1,7 +1,7 @@
-"""The seam: which attention module is running (module hooks), and what it computes (SDPA dispatcher).
+"""The seam: which attention module is running (module hooks), what it computes (SDPA dispatcher).
 
-Outside the subscribed sites of a running session every call passes straight through; the last session
-to close gives torch its function back.
+Outside the subscribed sites of a running session every call passes straight through; the last
+session to close gives torch its function back.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay_config.errors import SeamMissed
+
 from .edits import SiteProgram
-from .errors import SeamMissed
 
 _local = threading.local()  # .running: (seam, site) of this thread, and nothing else
 _lock = threading.Lock()
@@ -25,18 +26,14 @@ _wrapped = False  # somebody wrapped our dispatcher: installing again would call
 
 
 def _dispatch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
+    """Torch's own parameter names, since diffusers calls with keywords."""
     running: tuple[Seam, str] | None = getattr(_local, "running", None)
     program = running[0].programs.get(running[1]) if running else None
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if running is None or program is None:
         out: Tensor = _original(query, key, value, attn_mask, dropout_p, is_causal, **options)
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import PluginError
+from inlay_config.errors import PluginError
 
 
 class Board(dict[str, Any]):

@@ -17,13 +17,15 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from .errors import InputError, PluginError
+from inlay_config.errors import InputError, PluginError
+
 from .events import Probe, Rows, Span
 
 Number = float | Tensor
 Keys = Span | tuple[int, ...]
 Spans = dict[str, slice]
 Sdpa = Callable[..., Tensor]
+Pair = tuple[Tensor, Tensor]
 Op = Literal["scale", "gain", "append"]
 ALL = slice(None)
 
@@ -115,17 +117,10 @@ class SiteProgram:
     store: dict[str, dict[str, Tensor]]
 
     def __call__(
-        self,
-        sdpa: Sdpa,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
+        self, sdpa: Sdpa, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """q `R h n d`, k and v `R h m d` -> `R h n d`. Rows without edits stay untouched, in as few
         calls as they form runs."""
         if enable_gqa:
@@ -133,12 +128,12 @@ class SiteProgram:
         if is_causal:
             mask = torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool()
         mask, options = as_bias(mask, q), {"dropout_p": dropout_p, "scale": scale}
-        q_spans, k_spans = self.spans(q.shape[2], k.shape[2])
+        spans = q_spans, _ = self.spans(q.shape[2], k.shape[2])
         for probe in self.probes:
             span = q_spans.get("image" if probe.read == "columns" else "text", ALL)
-            keys = self._keys(k, v, mask, probe.branch, span, q_spans, k_spans)
+            keys = self._keys((k, v), mask, probe.branch, span, spans)
             queries, words = q[self.rows[probe.branch]], self.words[probe.name]
-            seen = _read(sdpa, probe, words, queries, keys, q_spans, k_spans, scale)
+            seen = _read(sdpa, probe, words, queries, keys, spans, scale)
             self.store.setdefault(probe.name, {})[self.site] = seen
         out = []
         for rows, branch in self.rows.runs(self.edits):
@@ -147,11 +142,11 @@ class SiteProgram:
                 continue
             parts = []
             for span in self._partition(branch, q_spans):
-                keys = self._keys(k, v, mask, branch, span, q_spans, k_spans)
+                keys = self._keys((k, v), mask, branch, span, spans)
                 bias = _take(keys.mask, ALL, span)
                 parts.append(sdpa(q[rows, :, span], keys.k, keys.v, bias, **options))
-            out.append(_cat(parts, dim=2))
-        return _cat(out, dim=0)
+            out.append(cat(parts, dim=2))
+        return cat(out)
 
     def _partition(self, branch: str, q_spans: Spans) -> list[slice]:
         """Query slices with one edit list each: all, or the spans in token order."""
@@ -162,23 +157,17 @@ class SiteProgram:
         return sorted(q_spans.values(), key=lambda s: s.start or 0) if named else [ALL]
 
     def _keys(
-        self,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        branch: str,
-        span: slice,
-        q_spans: Spans,
-        spans: Spans,
+        self, kv: Pair, mask: Tensor | None, branch: str, span: slice, spans: tuple[Spans, Spans]
     ) -> _Keys:
         """Keys that the queries `span` of a branch see: own ones first, appended ones behind."""
+        k, v = kv
         rows, total, joined = self.rows[branch], k.shape[2], []
         own_k, own_v, own_mask = k[rows], v[rows], _take(mask, rows)
         edits = sorted(self.edits.get(branch, ()), key=lambda e: (e.op, e.plugin))
         for e in edits:  # sorted: the order of plugins moves no bits
-            if e.queries != "all" and q_spans.get(e.queries) != span:
+            if e.queries != "all" and spans[0].get(e.queries) != span:
                 continue
-            at = _index(e.keys, spans, total)
+            at = _index(e.keys, spans[1], total)
             if e.op == "append":
                 if e.from_ not in self.rows:
                     problem = f"{e.plugin} appends from {e.from_}, which has no rows in this call"
@@ -202,8 +191,8 @@ class SiteProgram:
             more = [k.new_zeros(1, 1, 1, n.shape[2]) if m is None else m for n, _, m in joined]
             shape = torch.broadcast_shapes(*(m.shape[:3] for m in (own_mask, *more)))
             own_mask = torch.cat([m.expand(*shape, -1) for m in (own_mask, *more)], dim=-1)
-        own_k = _cat([own_k, *(new for new, _, _ in joined)], dim=2)
-        own_v = _cat([own_v, *(new for _, new, _ in joined)], dim=2)
+        own_k = cat([own_k, *(new for new, _, _ in joined)], dim=2)
+        own_v = cat([own_v, *(new for _, new, _ in joined)], dim=2)
         return _Keys(own_k, own_v, own_mask)
 
 
@@ -217,17 +206,11 @@ class _Keys:
 
 
 def _read(
-    sdpa: Sdpa,
-    probe: Probe,
-    words: tuple[int, ...],
-    q: Tensor,
-    keys: _Keys,
-    q_spans: Spans,
-    k_spans: Spans,
-    scale: float | None,
-) -> Tensor:
+    sdpa: Sdpa, probe: Probe, words: tuple[int, ...], q: Tensor, keys: _Keys,
+    spans: tuple[Spans, Spans], scale: float | None,
+) -> Tensor:  # fmt: skip
     """One probe, exact under any mask: columns `b n t`, rows `b t n`; memory linear in tokens."""
-    width, rows = q.shape[3], probe.read == "rows"
+    (q_spans, k_spans), width, rows = spans, q.shape[3], probe.read == "rows"
     if "text" not in (q_spans if rows else k_spans) or len(words) > width:
         problem = f"cannot read {probe.read} of {len(words)} text tokens at this site"
         fix = "Choose sites that hold the text, and at most as many tokens as a head is wide."
@@ -261,7 +244,7 @@ def as_bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return mask
 
 
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
+def cat(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -275,7 +258,7 @@ def _put(x: Tensor, at: Any, value: Tensor) -> Tensor:
     """x `b h n d` with tokens `at` replaced; a copy, since other branches share K and V."""
     if isinstance(at, list):
         return x.index_copy(2, torch.tensor(at, device=x.device), value)
-    return _cat([p for p in (x[:, :, : at.start], value, x[:, :, at.stop :]) if p.shape[2]], dim=2)
+    return cat([p for p in (x[:, :, : at.start], value, x[:, :, at.stop :]) if p.shape[2]], dim=2)
 
 
 def _expand(x: Tensor, n: int) -> Tensor:

@@ -5,16 +5,18 @@ Shapes: `b` pictures of a lane, `R` rows of one model call, `h` heads, `n` token
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from inlay_config import manifest
+from inlay_config.errors import ConfigError
+
 from .frames import Frame
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ Span = Literal["all", "text", "image"]
 
 
 class Plugin:
-    """Base of every plugin: its parsed `Config` is `self.cfg`; methods with `@hookimpl` are its events.
+    """Base of every plugin: `cfg` is its parsed `Config`, methods with `@hookimpl` its events.
 
     name: its key under `plugins:`. api: version of the hooks it was written for.
     after, before: plugins it must follow or precede when both are loaded.
@@ -44,8 +46,8 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Steps in which something acts. Integers are step indices, both ends included (as papers count);
-    floats are progress: step i of N is inside when start <= i/N < stop, and 1.0 includes the last."""
+    """Steps in which something acts. Integers are step indices, both ends included, as papers count;
+    floats are progress: step i of N is inside when start <= i/N < stop."""
 
     start: float = 0.0
     stop: float = 1.0
@@ -150,6 +152,10 @@ class Cond:
     pooled: Tensor | None = None
     tokens: list[str] = field(default_factory=list)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Cond:
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return replace(self, embeds=self.embeds.to(device, dtype), pooled=pooled)
+
 
 class LazyX0(dict[str, Tensor]):
     """x0 per lane: computed when first read; lanes that a plugin assigned are in `written`."""
@@ -171,8 +177,8 @@ class LazyX0(dict[str, Tensor]):
 class Step:
     """One solver evaluation: `index` counts the user's steps, `eval` the model's evaluations.
 
-    Latents are in the model's layout (`b c h w`; FLUX packed `b n c`), keyed by lane: x from pre_step
-    on, output after the forward, x0 from denoised on, x_next in post_step. preds: by branch.
+    Latents are in the model's layout (`b c h w`; FLUX packed `b n c`), by lane: x from pre_step on,
+    output after the forward, x0 from denoised on, x_next in post_step. preds: by branch.
     probes[name][site]: complete in post_step. last_eval: the last evaluation of its step.
     """
 
@@ -233,21 +239,20 @@ class Rows(dict[str, slice]):
 
 @dataclass
 class Result:
-    """images[lane] `n 3 h w` in 0..1, latents[lane] in model layout, the board, the manifest."""
+    """images[lane] `n 3 h w` in 0..1; latents[lane] in model layout; board; what was run."""
 
     images: dict[str, Tensor]
     latents: dict[str, Tensor]
     board: Board
-    manifest: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What repeats this run; weights and pictures are hashed when it is first asked for."""
+        return manifest.build(**self.record)
 
     def save(self, folder: Any) -> None:
         """Write pictures, masks and manifest.json, each beside its place and then renamed."""
-        from .backbones.images import save_result
+        from inlay_config.images import save_result
 
         save_result(self, folder)
-
-
-def stream(seed: int, *names: str) -> torch.Generator:
-    """A CPU generator for (seed, names): adding a plugin never moves another's noise."""
-    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

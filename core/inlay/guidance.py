@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def cfg(text: Tensor, null: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance, Ho & Salimans 2022, eq. 6 in diffusers' order of operations (bit-identical to its pipelines)."""
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) in diffusers' order of operations."""
     return text if null is None else null + scale * (text - null)

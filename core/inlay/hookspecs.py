@@ -47,7 +47,7 @@ def inlay_attention(run: Run, step: Step, site: AttnSite, edits: AttnEdits) -> N
 
 @hookspec
 def inlay_inputs(run: Run, step: Step, rows: Rows, kwargs: dict[str, Any]) -> None:
-    """Fold: change kwargs of one denoiser call, its rows named by branch (extra channels, tokens)."""
+    """Fold: change kwargs of one denoiser call, rows by branch (extra channels, tokens)."""
 
 
 @hookspec(firstresult=True)
@@ -64,7 +64,7 @@ def inlay_denoised(run: Run, step: Step) -> None:
 
 @hookspec
 def inlay_post_step(run: Run, step: Step) -> None:
-    """After the solver step; step.probes is complete. Fold: replace step.x_next[lane] (blending)."""
+    """After the solver step, probes complete. Fold: replace step.x_next[lane] (blending)."""
 
 
 @hookspec

@@ -6,12 +6,11 @@ import copy
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .attention import Seam
 from .backbones import schedulers
-from .edits import AttnEdits, SiteProgram
+from .edits import AttnEdits, SiteProgram, cat
 from .events import Rows, Step
 from .guidance import cfg
 
@@ -24,7 +23,10 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
     """Solve every lane of a pass; returns the final latent of each lane that reached the end."""
     hook, backbone, request = run.hook, run.backbone, run.plan.request
     base = run.schedule(pass_)
-    frame_at, index_of = run.frames(base), schedulers.steps_of(base, request.steps)
+    frame_at, index_of = (
+        schedulers.frames(base, run.device),
+        schedulers.steps_of(base, request.steps),
+    )
     solvers, scale = dict[str, Any](), getattr(base, "init_noise_sigma", 1.0)
     x = {ln.name: run.initial(pass_.name, ln) * scale for ln in pass_.lanes}
     hook.inlay_begin(run=run, pass_=pass_.name, x=x)
@@ -48,7 +50,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
                 continue
             rows = Rows.of({b.name: x[b.lane].shape[0] for b in branches})
             kwargs = backbone.inputs(
-                sample=_cat([scaled[b.lane] for b in branches]),
+                sample=cat([scaled[b.lane] for b in branches]),
                 t=t,
                 conds=[(run.conds[b.name], x[b.lane].shape[0]) for b in branches],
                 guidance=[(alive[b.lane].guidance, x[b.lane].shape[0]) for b in branches],
@@ -124,7 +126,3 @@ def observe(run: Run, step: Step) -> None:
         sigma = float(step.frame.sigma)
         place = {"pass": step.pass_, "step": step.index, "steps": step.total}
         run.callback({"kind": "step", **place, "sigma": sigma, "active": active})
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
+from inlay_config.errors import ConfigError, PlanConflict
+
 from .edits import Op, lane_of
-from .errors import ConfigError, PlanConflict
 from .events import AttnSite, Branch, Lane, Plugin, Probe, Window
 
 if TYPE_CHECKING:
@@ -44,11 +46,11 @@ class DeclaredEdit:
     plugin: str
     op: Op
     lane: str
-    from_: str
-    how: str
     sites: frozenset[str]
     steps: frozenset[int]
-    pass_: str
+    from_: str = ""
+    how: str = "join"
+    pass_: str = "edit"
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ class Plan:
     def windows(self, pass_: str) -> dict[str, frozenset[int]]:
         """Steps in which each plugin's edits and probes act."""
         acting: dict[str, frozenset[int]] = {}
-        for d in (*self.edits, *self.probes):
-            if getattr(d, "pass_", "edit") == pass_:
-                acting[d.plugin] = acting.get(d.plugin, frozenset()) | d.steps
+        here: list[Any] = [e for e in self.edits if e.pass_ == pass_]
+        for d in here + list(self.probes if pass_ == "edit" else ()):
+            acting[d.plugin] = acting.get(d.plugin, frozenset()) | d.steps
         return acting
 
     @property
@@ -114,9 +116,7 @@ class Plan:
 class Needs:
     """What `inlay_declare` says it with; `request` and `sites` are there to be read."""
 
-    def __init__(
-        self, owner: str, request: Request, sites: tuple[AttnSite, ...], draft: Draft
-    ) -> None:
+    def __init__(self, owner: str, request: Request, sites: tuple[AttnSite, ...], draft: Draft):
         self.owner, self.request, self.sites, self._draft = owner, request, sites, draft
 
     def active(self, window: Active) -> frozenset[int]:
@@ -152,30 +152,19 @@ class Needs:
             self._draft.alive.setdefault((pass_, name), set()).update(self.active(active))
 
     def edit(
-        self,
-        op: Op,
-        lane: str,
-        sites: frozenset[str],
-        active: Active = None,
-        from_: str = "",
-        how: str = "join",
-        pass_: str = "edit",
+        self, op: Op, lane: str, sites: frozenset[str], active: Active = None, **fields: str
     ) -> None:
-        """An edit that will be emitted on `lane` (or "lane/role") at `sites` inside `active`."""
-        steps = self.active(active)
-        edit = DeclaredEdit(self.owner, op, lane, from_, how, sites, steps, pass_)
+        """An edit that will be emitted on `lane` (or "lane/role") at `sites` inside `active`;
+        fields: from_, how, pass_ (see DeclaredEdit)."""
+        edit = DeclaredEdit(self.owner, op, lane, sites, self.active(active), **fields)
         self._draft.edits.append(edit)
 
     def probe(
-        self,
-        name: str,
-        branch: str,
-        word: str | tuple[int, ...],
-        sites: frozenset[str],
-        active: Active = None,
-        read: Literal["columns", "rows"] = "columns",
-    ) -> None:
-        """Attention between `branch`'s picture and `word` of its prompt: step.probes[name][site]."""
+        self, name: str, branch: str, word: str | tuple[int, ...], sites: frozenset[str],
+        active: Active = None, read: Literal["columns", "rows"] = "columns",
+    ) -> None:  # fmt: skip
+        """Attention between `branch`'s picture and `word` of its prompt (or these text tokens),
+        found in step.probes[name][site]."""
         probe = Probe(name, self.owner, branch, read, sites, self.active(active), word)
         self._draft.probes.append(probe)
 
@@ -188,7 +177,7 @@ class Needs:
 
     def consume(self, key: str) -> None:
         """A board key that an earlier plugin (or the caller) provides."""
-        self._draft.consumed.append((self.owner, key, key in self._draft.published))
+        self._draft.consumed.append((self.owner, key))
 
 
 @dataclass
@@ -201,7 +190,12 @@ class Draft:
     edits: list[DeclaredEdit] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
-    consumed: list[tuple[str, str, bool]] = field(default_factory=list)
+    consumed: list[tuple[str, str]] = field(default_factory=list)
+
+    def lanes(self, pass_: str) -> dict[str, dict[str, Any]]:
+        """Declared fields of each lane of a pass."""
+        every = ((key, fields) for (what, key), fields in self.fields.items() if what == "lane")
+        return {key[1]: fields for key, fields in every if key[0] == pass_}
 
     def merge(self, what: str, key: Any, fields: dict[str, Any], owner: str) -> None:
         """Equal declarations merge; unequal ones raise with both owners."""
@@ -217,7 +211,7 @@ class Draft:
 
 def make_plan(
     plugins: Mapping[str, Plugin],
-    declare: Callable[[str, Needs], None],
+    hook_of: Callable[[str, str], Any],
     events: dict[str, tuple[str, ...]],
     request: Request,
     backbone: Backbone,
@@ -227,66 +221,60 @@ def make_plan(
     core = Needs("core", request, backbone.sites, draft)
     core.lane("edit", prompt="edit", n=request.n, seed=request.seed)
     for name in plugins:
-        declare(name, Needs(name, request, backbone.sites, draft))
+        need = Needs(name, request, backbone.sites, draft)
+        hook_of("inlay_declare", name)(need=need)
     check_order(plugins, draft)
     names = [key for what, key in draft.fields if what == "pass" and key != "edit"]
     passes = tuple(plan_pass(name, draft, request, backbone) for name in (*names, "edit"))
     alive = {(p.name, ln.name): frozenset(ln.steps) for p in passes for ln in p.lanes}
     edits = tuple(clip(e, (e.pass_, lane_of(e.lane)), alive) for e in draft.edits)
     probes = tuple(clip(p, ("edit", lane_of(p.branch)), alive) for p in draft.probes)
-    check_edits(edits)
-    sites = {}
-    for site in backbone.sites:
-        users = [d.plugin for d in (*edits, *probes) if site.name in d.sites]
-        if users:
-            sites[site.name] = tuple(dict.fromkeys(users))
+    check_sums(edits)
+    users = {
+        s.name: [d.plugin for d in (*edits, *probes) if s.name in d.sites] for s in backbone.sites
+    }
+    sites = {name: tuple(dict.fromkeys(plugins)) for name, plugins in users.items() if plugins}
     rows = max(p.rows(i) for p in passes for i in range(request.steps))
     memory = backbone.memory(request.size, rows, bool(edits), len(probes))
-    order, published = tuple(plugins), draft.published
-    return Plan(
-        request, backbone.name, order, passes, sites, edits, probes, published, events, memory
-    )
+    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, probes)
+    return Plan(*decided, draft.published, events, memory)
 
 
 def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> PassPlan:
     """Lanes with the steps they live in, and their branches."""
-    lanes, branches, every = [], [], frozenset(range(request.steps))
-    declared = {
-        key[1]: f for (what, key), f in draft.fields.items() if (what, key[0]) == ("lane", name)
-    }
+    every, fields = frozenset(range(request.steps)), draft.lanes(name)
     alive = {}
-    for lane, fields in declared.items():
-        wanted = draft.alive.get((name, lane), () if fields.get("follows") else every)
+    for lane, declared in fields.items():
+        wanted = draft.alive.get((name, lane), () if declared.get("follows") else every)
         alive[lane] = frozenset(wanted)
     for e in draft.edits:  # a lane lives while others attend to it
         source = lane_of(e.from_)
-        if e.pass_ == name and source and source not in declared:
-            fix = "Add a plugin that provides it, such as source_trajectory, above."
+        if e.pass_ == name and source and source not in fields:
             problem = f"{e.plugin} attends to lane {source!r}, which nobody declares"
+            fix = "Add a plugin that provides it, such as source_trajectory, above."
             raise PlanConflict(problem, where=f"pass {name}", fix=fix)
         if e.pass_ == name and source:
             alive[source] |= e.steps & alive.get(lane_of(e.lane), frozenset())
-    for lane in sorted(declared, key=lambda lane: lane == "edit"):  # sources first
-        steps = alive[lane] if request.skip_dead_rows else every
-        if steps and not declared[lane].get("follows"):  # solved by itself: it cannot skip
+    lanes, branches = [], []
+    for lane in sorted(fields, key=lambda lane: lane == "edit"):  # sources first
+        steps, given = alive[lane] if request.skip_dead_rows else every, fields[lane]
+        if steps and not given.get("follows"):  # solved by itself: it cannot skip
             steps = frozenset(range(min(steps), request.steps))
-        guidance = request.guidance
-        scale = guidance.get(lane, 3.5) if isinstance(guidance, Mapping) else guidance
-        fields = {"prompt": "edit", "n": 1, "seed": request.seed, "guidance": scale}
-        fields["true_cfg"] = request.true_cfg
-        fields |= {key: value for key, value in declared[lane].items() if value is not None}
+        scale = request.guidance
+        scale = scale.get(lane, 3.5) if isinstance(scale, Mapping) else scale
+        values: dict[str, Any] = {"prompt": "edit", "n": 1, "seed": request.seed, "guidance": scale}
+        values |= {"true_cfg": request.true_cfg, "steps": tuple(sorted(steps))}
+        values |= {key: value for key, value in given.items() if value is not None}
         owners = tuple(dict.fromkeys(draft.owners["lane", (name, lane)]))
-        lanes.append(Lane(name=lane, steps=tuple(sorted(steps)), owners=owners, **fields))
-    for ln in lanes:
+        lanes.append(ln := Lane(name=lane, owners=owners, **values))
         if ln.prompt not in request.prompt:
-            problem = f"lane {ln.name!r} needs the prompt {ln.prompt!r}"
+            problem = f"lane {lane!r} needs the prompt {ln.prompt!r}"
             raise ConfigError(problem, where=f"prompt.{ln.prompt}", fix="Give one.")
         if backbone.cfg_scale(ln.guidance, ln.true_cfg) > 1:
-            branches.append(Branch(f"{ln.name}/null", ln.name, "null", "negative", ln.n))
-        branches.append(Branch(f"{ln.name}/text", ln.name, "text", ln.prompt, ln.n))
-    groups = backbone.groups(branches)
-    make = draft.fields.get(("pass", name), {}).get("scheduler")
-    return PassPlan(name, tuple(lanes), tuple(branches), groups, make)
+            branches.append(Branch(f"{lane}/null", lane, "null", "negative", ln.n))
+        branches.append(Branch(f"{lane}/text", lane, "text", ln.prompt, ln.n))
+    solver = draft.fields.get(("pass", name), {}).get("scheduler")
+    return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), solver)
 
 
 def clip(declared: Any, lane: tuple[str, str], alive: dict[tuple[str, str], frozenset[int]]) -> Any:
@@ -302,34 +290,30 @@ def clip(declared: Any, lane: tuple[str, str], alive: dict[tuple[str, str], froz
     return replace(declared, steps=steps)
 
 
-def check_edits(edits: tuple[DeclaredEdit, ...]) -> None:
+def check_sums(edits: tuple[DeclaredEdit, ...]) -> None:
     """Two sums into the same keys do not commute (conflict table: append sum)."""
-    sums = [e for e in edits if e.how == "sum"]
-    for i, b in enumerate(sums):
-        for a in sums[:i]:
-            where = a.sites & b.sites, a.steps & b.steps
-            if all(where) and a.plugin != b.plugin and lane_of(a.lane) == lane_of(b.lane):
-                place = f"site {min(where[0])}, step {min(where[1])}, lane {b.lane}"
-                problem = f"{a.plugin} and {b.plugin} both sum foreign keys into the same ones"
-                fix = "Use how=join for one, or separate their windows or sites."
-                raise PlanConflict(problem, where=place, fix=fix)
+    for a, b in combinations([e for e in edits if e.how == "sum"], 2):
+        sites, steps = a.sites & b.sites, a.steps & b.steps
+        if sites and steps and a.plugin != b.plugin and lane_of(a.lane) == lane_of(b.lane):
+            where = f"site {min(sites)}, step {min(steps)}, lane {b.lane}"
+            problem = f"{a.plugin} and {b.plugin} both sum foreign keys into the same ones"
+            fix = "Use how=join for one, or separate their windows or sites."
+            raise PlanConflict(problem, where=where, fix=fix)
 
 
 def check_order(plugins: Mapping[str, Plugin], draft: Draft) -> None:
     """Board edges and after/before are checked against the YAML order; nothing is reordered."""
-    place = {name: i for i, name in enumerate(plugins)}
-    for owner, key, ready in draft.consumed:
+    pairs = [(other, name) for name, plugin in plugins.items() for other in plugin.after]
+    pairs += [(name, other) for name, plugin in plugins.items() for other in plugin.before]
+    for owner, key in draft.consumed:
         publisher = draft.published.get(key)
         if publisher is None:
             fix = f"Published: {sorted(draft.published) or 'nothing'}."
             problem = f"{owner} needs {key!r}, which nobody publishes"
             raise PlanConflict(problem, where=f"plugins.{owner}", fix=fix)
-        if not ready and publisher != owner:
-            problem = f"{owner} needs {key!r} of {publisher}, which comes later"
-            raise PlanConflict(problem, where="plugins", fix=f"Put {publisher} above {owner}.")
-    for name, plugin in plugins.items():
-        pairs = [(o, name) for o in plugin.after] + [(name, o) for o in plugin.before]
-        for first, second in pairs:
-            if first in place and second in place and place[first] > place[second]:
-                problem = f"{first} must come before {second}"
-                raise PlanConflict(problem, where="plugins", fix=f"Put {first} above {second}.")
+        pairs.append((publisher, owner))
+    place = {name: i for i, name in enumerate(plugins)}
+    for first, second in pairs:
+        if place.get(first, -1) > place.get(second, len(place)):
+            problem = f"{second} needs {first}, which comes later"
+            raise PlanConflict(problem, where="plugins", fix=f"Put {first} above {second}.")

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from inlay.errors import ConfigError
+from inlay_config.errors import ConfigError
 
 MAX_YAML_BYTES = 1 << 20
 TEXT_KEYS = ("prompt.source", "prompt.edit", "prompt.negative", "subject")  # never read as YAML

@@ -17,12 +17,16 @@ PACKAGES = ("inlay", "torch", "diffusers", "transformers", "numpy", "pluggy")
 FORMAT = 1
 
 
-def build(experiment: Mapping[str, Any], **record: Any) -> dict[str, Any]:
+def build(
+    experiment: Mapping[str, Any], folder: str, pictures: Mapping[str, Image.Image], **record: Any
+) -> dict[str, Any]:
     """The record of a run: `config.to_dict(experiment)` and what else decided its bits.
 
-    record: plan (its digest), weights (`hash_weights`), inputs ({"image": `hash_image`}), seed,
-    device, dtype, threads as they were in the run, timings ({part: seconds}).
+    folder: of the weights ("": a live pipeline's, not hashed); pictures: the inputs by kind;
+    record: plan (its digest), seed, device, dtype, threads of the run, timings ({part: seconds}).
     """
+    record["weights"] = hash_weights(folder) if folder else ""
+    record["inputs"] = {kind: hash_image(picture) for kind, picture in pictures.items()}
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     head = {"inlay_manifest": FORMAT, "experiment": dict(experiment), "versions": versions}
     return {**head, **record, "host": platform.node()}

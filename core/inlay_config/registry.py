@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from inlay.errors import ConfigError, ModelError, PluginError
-from inlay_config.config import data_path, read_yaml, suggest
+from inlay_config.config import data_path, parse_plugin_config, read_yaml, suggest
+from inlay_config.errors import ConfigError, ModelError, PluginError
 
 
 def plugins() -> dict[str, dict[str, Any]]:
@@ -43,6 +44,13 @@ def plugin_class(name: str, where: str = "") -> type:
         raise PluginError(
             f"cannot be imported: {error}", where=f"plugin {name}", fix=fix
         ) from error
+
+
+def build(name: str, options: Mapping[str, Any] | None) -> Any:
+    """The plugin listed as `name` (or as its option `use`), its options parsed."""
+    where = f"plugins.{name}"
+    cls = plugin_class(str((options or {}).get("use", name)), where)
+    return cls(parse_plugin_config(cls, options, where), name)
 
 
 def models() -> dict[str, dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay_config.errors import ConfigError, ModelError
+
 from ..attention import attention_modules
-from ..errors import ConfigError, ModelError
 from ..events import AttnSite, Branch, Cond
 
 Size = tuple[int, int]
@@ -185,8 +186,8 @@ class Backbone(ABC):
         return pictures
 
     def memory(self, size: Size, rows: int, edits: bool, probes: int) -> dict[str, int]:
-        """Bytes by purpose, by arithmetic: weights; Q, K, V and output of the largest attention (keys
-        doubled by an append); what probes add."""
+        """Bytes by purpose, by arithmetic: weights; Q, K, V and output of the largest attention;
+        what probes add."""
         width = max(s.heads * s.dim for s in self.sites)
         item = torch.finfo(self.dtype).bits // 8
         parts = [part for part in vars(self.pipe).values() if isinstance(part, nn.Module)]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from inlay_config.errors import ModelError
+
 from .base import Backbone
 
 FAMILIES = {

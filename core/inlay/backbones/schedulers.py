@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 
 from inlay_config.config import suggest
+from inlay_config.errors import ConfigError, ModelError
 
-from ..errors import ConfigError, ModelError
 from ..frames import Frame
 
 TESTED = "DDIM, DDPM, Euler, Euler ancestral, DPM++ multistep, UniPC, PNDM, FlowMatchEuler"
@@ -100,6 +102,18 @@ def advance(
 @cache
 def _draws_noise(scheduler: type) -> bool:
     return "generator" in inspect.signature(getattr(scheduler, "step")).parameters  # noqa: B009
+
+
+def frames(scheduler: Any, device: torch.device) -> Callable[[int], Frame]:
+    """Frame of an evaluation; tabulated when first asked, so nobody pays who does not ask."""
+    table: list[Frame] = []
+
+    def frame_at(i: int) -> Frame:
+        for f in () if table else tabulate(scheduler):
+            table.append(replace(f, alpha=f.alpha.to(device), sigma=f.sigma.to(device)))
+        return table[i]
+
+    return frame_at
 
 
 def tabulate(scheduler: Any) -> list[Frame]:

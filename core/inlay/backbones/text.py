@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import InputError
+from inlay_config.errors import InputError
+
 from ..events import Cond
 
 
@@ -20,11 +21,13 @@ def pieces(tokenizer: Any, prompt: str, length: int) -> list[str]:
     return list(tokenizer.convert_ids_to_tokens(ids))
 
 
-def find(cond: Cond, word: str) -> tuple[int, ...]:
-    """Indices of all pieces of the first occurrence of `word` (whole words, any case).
+def find(cond: Cond, word: str | tuple[int, ...]) -> tuple[int, ...]:
+    """Indices of all pieces of the first occurrence of `word` (whole words, any case), or as given.
 
     Raises InputError when the prompt does not hold it.
     """
+    if not isinstance(word, str):
+        return word
     text, owner = "", list[int]()
     for i, piece in enumerate(cond.tokens):
         clean = piece.replace("</w>", " ").replace("▁", " ").replace("Ġ", " ")

@@ -15,7 +15,7 @@ import typer
 from inlay.cli.listing import models, plugins
 from inlay.cli.plan import plan
 from inlay.cli.run import run
-from inlay.errors import InlayError
+from inlay_config.errors import InlayError
 
 app = typer.Typer(
     name="inlay",

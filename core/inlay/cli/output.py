@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inlay.backbones.images import safe_join
-from inlay.errors import InputError
+from inlay_config.errors import InputError
+from inlay_config.images import safe_join
 
 CONTENTS = ("images", "masks", "sheet.png", "manifest.json")  # in the order they appear
 

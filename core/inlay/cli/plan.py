@@ -19,7 +19,7 @@ def plan(
 ) -> None:
     """Show passes, lanes, branches, sites, order per event, windows, evaluations and memory."""
     loaded = config.load(experiment, overrides or ())
-    from inlay.session import plan_experiment
+    from inlay.cli.experiment import plan_experiment
 
     decided = plan_experiment(loaded)
     typer.echo(json.dumps(plan_data(decided), indent=2) if as_json else str(decided))

@@ -11,10 +11,10 @@ from typing import Any
 import typer
 from PIL import Image
 
-from inlay.backbones.images import open_image
-from inlay.errors import InputError, ModelError
 from inlay_config import config, manifest, registry
 from inlay_config.config import Experiment
+from inlay_config.errors import InputError, ModelError
+from inlay_config.images import open_image
 
 MAX_BYTES = 1 << 20
 

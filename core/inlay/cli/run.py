@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli.listing import Json
-from inlay.errors import ConfigError
 from inlay_config import config
 from inlay_config.config import Experiment
+from inlay_config.errors import ConfigError
 
 
 def run(
@@ -63,11 +63,11 @@ def _expand(names: list[str]) -> list[str]:
 
 
 def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
-    from inlay.backbones.images import save
+    from inlay.cli.experiment import execute
     from inlay.cli.output import staged
     from inlay.cli.progress import Progress
     from inlay.cli.sheet import contact_sheet
-    from inlay.session import execute
+    from inlay_config.images import save
 
     _hush_loading_bars()
     with staged(folder) as stage:
@@ -90,7 +90,7 @@ def _hush_loading_bars() -> None:
 
 
 def _stack_sheets(folders: list[Path], root: Path) -> None:
-    from inlay.backbones.images import open_image, save
     from inlay.cli.sheet import stack
+    from inlay_config.images import open_image, save
 
     save(stack([open_image(folder / "sheet.png") for folder in folders]), root / "sheet.png")

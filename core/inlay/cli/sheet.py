@@ -7,9 +7,9 @@ from itertools import zip_longest
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from inlay.backbones.images import open_image, to_pil
 from inlay.events import Result
 from inlay_config.config import Experiment
+from inlay_config.images import open_image, to_pil
 
 SIDE, GAP, TEXT = 256, 12, 13
 INK, PAPER, FAINT = "#222222", "#ffffff", "#888888"

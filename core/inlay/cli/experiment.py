@@ -1,0 +1,42 @@
+"""An experiment from its configuration to a plan or a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from inlay import backbones
+from inlay.events import Result
+from inlay.plan import Plan
+from inlay.session import Session
+from inlay_config import config, images, registry
+from inlay_config.config import Experiment
+
+RUN = ("guidance", "true_cfg", "size", "n", "steps", "seed")
+
+
+def run(experiment: str, overrides: Sequence[str] = ()) -> Result:
+    """`inlay.run("addit", ["prompt.edit=a dog on the grass"])`: a packaged name or a YAML path."""
+    return execute(config.load(experiment, overrides))
+
+
+def execute(exp: Experiment, callback: Callable[[dict[str, Any]], None] | None = None) -> Result:
+    """Run an experiment; the result's manifest repeats it."""
+    asked = {key: getattr(exp, key) for key in RUN}
+    prompts, pictures = config.to_dict(exp)["prompt"], (exp.input.image, exp.input.mask)
+    result = _session(exp, exp.model).run(prompts, *pictures, **asked, callback=callback)
+    result.record["experiment"] = config.to_dict(exp)
+    return result
+
+
+def plan_experiment(exp: Experiment) -> Plan:
+    """The plan of an experiment; no weight is loaded."""
+    pipe = backbones.skeleton(registry.resolve_model(exp.model), exp.revision)
+    given = {kind: path for kind, path in vars(exp.input).items() if path}
+    shape = images.open_image(given["image"]).size[::-1] if "image" in given else None
+    return _session(exp, pipe).plan(exp, shape, list(given))
+
+
+def _session(exp: Experiment, pipe: Any) -> Session:
+    place: dict[str, Any] = {"dtype": exp.dtype, "device": exp.device, "offload": exp.offload}
+    return Session(pipe, exp.plugins, exp.scheduler, **place, revision=exp.revision)
