@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 import folders
-from inlay.backbones.images import open_image
 from inlay.cli import main as cli
 from inlay.cli.progress import Progress
 from inlay_config import config
+from inlay_config.images import open_image
 
 Invoke = Callable[..., tuple[int, str, str]]
 

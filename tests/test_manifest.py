@@ -14,10 +14,9 @@ from safetensors.numpy import save_file
 
 from inlay.board import Board
 from inlay.cli import replay
-from inlay_config.errors import InputError
 from inlay.events import Result
 from inlay_config import config, images, manifest
-
+from inlay_config.errors import InputError
 
 PICTURE = Image.new("RGB", (4, 4), "red")
 
