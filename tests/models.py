@@ -39,7 +39,7 @@ def flux(seed: int = 0) -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     ).eval()
-    return FluxPipeline(
+    pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=_vae(4, shift_factor=0.1, scaling_factor=0.4),
         text_encoder=None,
@@ -48,6 +48,8 @@ def flux(seed: int = 0) -> FluxPipeline:
         tokenizer_2=None,
         transformer=transformer,
     )
+    pipe.default_sample_size = 16  # 32 px and 64 tokens, unless a test asks for another size
+    return pipe
 
 
 def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
