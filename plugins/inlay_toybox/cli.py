@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-RECIPES = ("vae", "flux", "detector")
+RECIPES = ("vae", "flux", "distil", "detector")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,29 +50,27 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from inlay_toybox import path, train_detector, train_flux, train_vae, training
+    from inlay_toybox import path, train_detector, train_distil, train_flux, train_vae, training
 
     out = args.out or Path("outputs/toybox") / args.name
     device = training.pick_device(args.device)
     accelerated = device.type == "cuda"
     size = args.size or (128 if accelerated else 64)
     vae = args.vae or path("flux") / "vae"
+    batch = 256 if accelerated else 48
     if args.name == "vae":
         start = path("flux") / "vae" if args.resume else None
         folder = train_vae.train(args.minutes, out, device, size, args.resume, start)
     elif args.name == "flux":
         start = path("flux") if args.resume else None
-        batch = 256 if accelerated else 48
+        compiled = args.minutes > 20
         folder = train_flux.train(
-            args.minutes,
-            out,
-            device,
-            size,
-            args.resume,
-            start,
-            vae,
-            batch,
-            compiled=args.minutes > 20,
+            args.minutes, out, device, size, args.resume, start, vae, batch, compiled=compiled
+        )
+    elif args.name == "distil":
+        teacher = path("flux")
+        folder = train_distil.train(
+            args.minutes, out, device, teacher, size, args.resume, batch_size=batch
         )
     else:
         start = path("detector") if args.resume else None

@@ -164,7 +164,7 @@ class Detector(nn.Module):
         keep = _suppress(boxes, scores)
         kind, row, column, boxes, scores = (t[keep] for t in (kind, row, column, boxes, scores))
         logits = einsum(mix[:, row, column], prototypes, "k n, k h w -> n h w")
-        masks = F.interpolate(logits[None], (height, width), mode="bilinear")[0] > 0
+        masks = F.interpolate(logits[:, None], (height, width), mode="bilinear")[:, 0] > 0
         boxes = boxes * torch.tensor([width, height, width, height], device=boxes.device) / SIDE
         x = torch.arange(width, device=boxes.device) + 0.5
         y = torch.arange(height, device=boxes.device) + 0.5

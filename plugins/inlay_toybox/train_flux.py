@@ -9,6 +9,7 @@ a meaning).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,8 +98,13 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 def make_cache(
     folder: Path, vae: AutoencoderKL, n: int, size: int, device: torch.device, chunk: int = 250
 ) -> Cache:
-    """Render and encode the scenes of seeds 0 to n - 1, or read them back from ``folder``."""
-    tensors, words = folder / f"latents-{size}.safetensors", folder / f"captions-{size}.json"
+    """Render and encode the scenes of seeds 0 to n - 1, or read them back from ``folder``.
+
+    The files' names hold size, number and a digest of the autoencoder, so none is read by mistake.
+    """
+    digest = hashlib.sha256(vae.encoder.conv_out.weight.float().cpu().numpy().tobytes())
+    key = f"{size}-{n}-{digest.hexdigest()[:8]}"
+    tensors, words = folder / f"latents-{key}.safetensors", folder / f"captions-{key}.json"
     if not (tensors.exists() and words.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         latents, objects, captions = [], [], []
@@ -192,21 +198,21 @@ def samples(
             yield cache.latents[rows].to(device).float(), shares, captions
 
 
-def save(pipe: FluxPipeline, folder: Path, size: int) -> None:
+def save(pipe: FluxPipeline, folder: Path, size: int, **changes: float) -> None:
     """Write the pipeline in bfloat16, in the stock layout, with the recommended settings."""
     held = {k: m.dtype for k, m in pipe.components.items() if isinstance(m, nn.Module)}
     pipe.to(torch.bfloat16).save_pretrained(folder)
     for key, dtype in held.items():
         getattr(pipe, key).to(dtype)
-    settings = SETTINGS | {"height": size, "width": size}
+    settings = SETTINGS | {"height": size, "width": size} | changes
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def preview(pipe: FluxPipeline, file: Path, size: int, n: int = 24) -> None:
+def preview(pipe: FluxPipeline, file: Path, size: int, n: int = 24, **changes: float) -> None:
     """Pictures of unseen captions, for the eye."""
     captions = [world.sample(UNSEEN + i, True, 1 + i % 2).caption for i in range(n)]
     pipe.set_progress_bar_config(disable=True)
-    settings = SETTINGS | {"height": size, "width": size, "num_inference_steps": 16}
+    settings = SETTINGS | {"height": size, "width": size, "num_inference_steps": 16} | changes
     out = pipe(
         captions,
         **settings | {"negative_prompt": [""] * n},

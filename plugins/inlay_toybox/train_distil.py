@@ -1,0 +1,108 @@
+"""Recipe that gives the guidance embedding its meaning, as in FLUX.1-dev.
+
+A student, which starts as the teacher, learns to answer in one evaluation what the frozen teacher
+answers in two under classifier-free guidance: ``null + g * (text - null)`` for the scale ``g``
+that the guidance embedding tells it (Meng et al. 2023, "On Distillation of Guided Diffusion
+Models", section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from torch import nn
+
+from inlay_toybox import training
+from inlay_toybox.train_flux import (
+    GUIDANCE,
+    OBJECT_WEIGHT,
+    Cache,
+    Model,
+    make_cache,
+    noise_levels,
+    preview,
+    samples,
+    save,
+    tokenise,
+)
+from inlay_toybox.training import Average, Clock, Log, Optimisers
+
+SETTINGS = {"true_cfg_scale": 1.0, "guidance_scale": 3.5}
+"""What changes in the recommended settings once the model is distilled."""
+
+
+def train(
+    minutes: float,
+    out: Path,
+    device: torch.device,
+    teacher: Path,
+    size: int = 64,
+    resume: bool = False,
+    cache: Cache | None = None,
+    batch_size: int = 48,
+    scenes: int = 60_000,
+    report_every: int = 50,
+) -> Path:
+    """Distil, or go on distilling.
+
+    Args:
+        minutes: wall-clock budget of the whole schedule.
+        out: folder for state, loss curve and sample grid; the model is written to ``out/flux``.
+        device: where to train.
+        teacher: the trained pipeline, in the stock layout.
+        size: side of the pictures in pixels.
+        resume: go on from ``out``.
+        cache: encoded scenes; made in ``out`` by default.
+        batch_size: scenes per step.
+        scenes: size of the cache.
+        report_every: steps between two lines of the log.
+
+    Returns:
+        The pipeline's folder.
+    """
+    torch.manual_seed(2)
+    pipe = FluxPipeline.from_pretrained(teacher, torch_dtype=torch.float32).to(device)
+    model = Model(pipe, size // 8).to(device)
+    fixed = copy.deepcopy(model).requires_grad_(False)
+    model.clip.requires_grad_(False)
+    model.t5.requires_grad_(False)
+    cache = cache or make_cache(out / "cache", pipe.vae, scenes, size, device)
+    average = Average({"flow": model.flow}, decay=0.99)
+    step, spent = training.load_state(out, average) if resume else (0, 0.0)
+    optimisers = Optimisers(model.flow.named_parameters(), muon=0.003, adamw=3e-4)
+    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
+    null = tokenise(pipe, [""] * batch_size, device)
+    for x0, shares, captions in samples(cache, batch_size, device):
+        if clock.done >= 1:
+            break
+        sigma = noise_levels(batch_size, device)
+        level = sigma[:, None, None]
+        x = (1 - level) * x0 + level * torch.randn_like(x0)
+        scale = torch.empty_like(sigma).uniform_(*GUIDANCE)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                texts = fixed.encode(*tokenise(pipe, captions, device))
+                blank = fixed.encode(*null)
+                with_text = fixed(x, sigma, scale, *texts).float()
+                without = fixed(x, sigma, scale, *blank).float()
+            goal = torch.lerp(without, with_text, scale[:, None, None])
+            velocity = model(x, sigma, scale, *texts)
+        weight = (1 + OBJECT_WEIGHT * shares)[..., None]
+        loss = (weight * (velocity.float() - goal).square()).mean() / weight.mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
+        optimisers.step(training.learning_rate(clock.done, step - begun))
+        average.update()
+        log.add(float(loss.detach()))
+        step += 1
+        if step % report_every == 0:
+            log.report(step, clock.elapsed)
+            training.save_state(out, average, step, clock.elapsed)
+    training.save_state(out, average, step, clock.elapsed)
+    average.swap()
+    preview(pipe, out / "samples.png", size, **SETTINGS)
+    save(pipe, out / "flux", size, **SETTINGS)
+    return out / "flux"
