@@ -37,10 +37,14 @@ def python(site: Path, folder: Path, code: str) -> str:
 
 
 def test_the_wheel_holds_data_and_licences(site: Path) -> None:
-    for name in ("inlay/registry.yaml", "inlay/experiments/addit.yaml", "inlay/cli/main.py"):
+    for name in (
+        "inlay_config/registry.yaml",
+        "inlay_config/experiments/addit.yaml",
+        "inlay/loop.py",
+    ):
         assert (site / name).is_file()
     experiments = {p.relative_to(ROOT / "experiments") for p in ROOT.glob("experiments/**/*.yaml")}
-    shipped = site / "inlay" / "experiments"
+    shipped = site / "inlay_config" / "experiments"
     assert {p.relative_to(shipped) for p in shipped.rglob("*.yaml")} == experiments
     (info,) = site.glob("inlay-*.dist-info")
     assert {p.name for p in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
@@ -48,7 +52,7 @@ def test_the_wheel_holds_data_and_licences(site: Path) -> None:
     assert "inlay = inlay.cli.main:main" in scripts
     assert "inlay-toybox = inlay_toybox.cli:main" in scripts
     packages = {p.name for p in site.iterdir() if p.is_dir()} - {info.name}
-    assert packages == {"inlay", "inlay_plugins", "inlay_toybox"}
+    assert packages == {"inlay", "inlay_config", "inlay_plugins", "inlay_toybox"}
 
 
 def test_the_wheel_works_in_an_empty_folder(site: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Draws the events of `session.execute`; where stderr is no terminal, one line per pass."""
+    """Draws the events of a run; where stderr is no terminal, one line per pass."""
 
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
