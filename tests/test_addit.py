@@ -22,6 +22,7 @@ from inlay import (
 from inlay.edits import SiteProgram
 from inlay.plan import Draft, Request
 from inlay_config import images
+from inlay_config.config import Experiment, Prompt
 from inlay_plugins import masks
 from inlay_plugins.schedules import Schedule, step_index
 from inlay_plugins.subject_mask import SubjectMask, infer_subject
@@ -104,6 +105,7 @@ def test_schedules_are_linear_between_knots():
         ("the grass", "a dog on the grass", "dog"),
         ("a cow on the grass", "a cow and a polar bear on the grass", "polar bear"),
         ("A bed.", "A bed with a cat.", "cat"),
+        ("a kite over the grass", "a cow on the grass and a kite in it", "cow"),
     ],
 )
 def test_the_subject_is_what_the_edit_prompt_adds(source, edit, subject):
@@ -254,15 +256,14 @@ def test_forward_units_of_the_published_setting():
         "subject_mask": {"step": 18},
         "latent_blend": {"steps": [18], "background": "lane"},
     }
+    asked = Experiment(prompt=Prompt(**PROMPT), size=32, steps=30)
     session = Session(flux(), plugins)
-    asked = {"prompt": PROMPT, "size": (32, 32), "grid": (8, 8), "steps": 30}
-    request = Request(**asked, inputs=("image:source", "image:original"))
-    assert session.plan(request).evaluations == {"edit": 43}
+    assert session.plan(asked, (32, 32), ["image"]).evaluations == {"edit": 43}
     plugins["structure_transfer"] = {"step": 2}
-    generated = Session(flux(), plugins).plan(Request(**asked))
+    generated = Session(flux(), plugins).plan(asked, None, [])
     assert generated.evaluations == {"source": 30, "edit": 47}
-    everything = Request(**asked, skip_dead_rows=False)
-    assert session.plan(everything).evaluations == {"source": 30, "edit": 60}
+    everything = Session(flux(), plugins, skip_dead_rows=False).plan(asked, None, [])
+    assert everything.evaluations == {"source": 30, "edit": 60}
 
 
 # attention ---------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ The maps, mean over heads and recorded sites and sum over recorded steps, are bl
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -132,10 +132,12 @@ def infer_subject(prompt: Any, where: str) -> str:
     Raises ConfigError unless they are one phrase.
     """
     source, edit = ([w.strip(".,;:!?") for w in prompt[k].split()] for k in ("source", "edit"))
-    matcher = difflib.SequenceMatcher(None, [w.lower() for w in source], [w.lower() for w in edit])
-    added = [i for tag, _, _, a, b in matcher.get_opcodes() if tag != "equal" for i in range(a, b)]
-    telling = [(i, edit[i]) for i in added if not FUNCTION_WORDS.fullmatch(edit[i])]
-    runs = groupby(enumerate(telling), key=lambda item: item[1][0] - item[0])
+    known, added = Counter(w.lower() for w in source), []
+    for i, word in enumerate(edit):
+        known[word.lower()] -= 1
+        if known[word.lower()] < 0 and not FUNCTION_WORDS.fullmatch(word):
+            added.append((i, word))
+    runs = groupby(enumerate(added), key=lambda item: item[1][0] - item[0])
     phrases = [" ".join(word for _, (_, word) in run) for _, run in runs]
     if len(phrases) != 1:
         found = " and ".join(map(repr, phrases)) or "no word"
