@@ -7,15 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inlay_config.errors import (
-        ConfigError,
-        InlayError,
-        InputError,
-        ModelError,
-        PlanConflict,
-        PluginError,
-        SeamMissed,
-    )
+    from inlay_config.errors import ConfigError, InlayError, InputError, ModelError  # isort: skip
+    from inlay_config.errors import PlanConflict, PluginError, SeamMissed  # isort: skip
 
     from .backbones.schedulers import tabulate
     from .cli.experiment import run

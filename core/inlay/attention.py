@@ -43,7 +43,6 @@ def _dispatch(
 
 class Seam:
     """Context manager around a run: hooks on `modules` (site -> module), none when there are none.
-
     programs: what each site computes in the next model call; a site without one runs untouched.
     """
 

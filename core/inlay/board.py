@@ -15,18 +15,14 @@ class Board(dict[str, Any]):
         self.owners = owners or {}
 
     def __missing__(self, key: str) -> Any:
-        owed = (
-            f"{self.owners[key]} has not published it yet" if key in self.owners else "undeclared"
-        )
-        fix = f"On the board: {sorted(self)}."
-        raise PluginError(f"{key!r} is not there: {owed}", where="board", fix=fix)
+        owner = self.owners.get(key, "nobody")
+        problem, fix = f"{key!r} of {owner} is not there yet", f"Published: {sorted(self)}."
+        raise PluginError(problem, where="board", fix=fix)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in self.owners:
-            fix = f'Call need.publish("{key}") in inlay_declare.'
-            raise PluginError(
-                f"{key!r} was published without being declared", where="board", fix=fix
-            )
+            problem, fix = f"{key!r} was never declared", "Call need.publish in inlay_declare."
+            raise PluginError(problem, where="board", fix=fix)
         super().__setitem__(key, value)
 
     def of(self, kind: str) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ With P = softmax(Q Kᵀ / √d + mask) of a branch's rows:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -49,11 +49,10 @@ class Edit:
 @dataclass
 class AttnEdits:
     """Builder for `inlay_attention`: `edits.on("edit").gain("image", 1.05)`; operations chain.
-
     allowed: (plugin, op, target, from) declared for this site and step; branches: alive in it.
     """
 
-    allowed: frozenset[tuple[str, str, str, str]]
+    allowed: Collection[tuple[str, str, str, str]]
     where: str
     branches: tuple[str, ...]
     owner: str = ""
@@ -89,11 +88,8 @@ class AttnEdits:
             raise PluginError(problem, where=self.where, fix=fix)
         for branch in self.branches:
             if self.target in (branch, lane_of(branch)):
-                twin = (
-                    from_ if "/" in from_ or not from_ else branch.replace(lane_of(branch), from_)
-                )
-                if twin and twin not in self.branches:
-                    twin = f"{lane_of(twin)}/text"
+                twin = f"{lane_of(from_)}/{(from_ if '/' in from_ else branch).split('/')[1]}"
+                twin = twin if twin in self.branches else f"{lane_of(from_)}/text"
                 edit = Edit(op, self.owner, branch, self.queries, from_=twin, **fields)
                 self.by_branch.setdefault(branch, []).append(edit)
         return self
@@ -101,11 +97,8 @@ class AttnEdits:
 
 @dataclass
 class SiteProgram:
-    """What one site computes in one model call; the seam calls it in place of SDPA. Pure, since
-    checkpointing runs it twice.
-
-    spans(queries, keys): token slices of both; words[probe]: text token indices; what probes read
-    goes to store[probe][site].
+    """What one site computes in one model call in place of SDPA; pure, as checkpointing reruns it.
+    spans(queries, keys): token slices of both; words[probe]: text tokens; store[probe][site]: read.
     """
 
     site: str

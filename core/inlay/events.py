@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from inlay_config import manifest
+from inlay_config import images, manifest
 from inlay_config.errors import ConfigError
 
 from .frames import Frame
@@ -27,9 +27,7 @@ Span = Literal["all", "text", "image"]
 
 class Plugin:
     """Base of every plugin: `cfg` is its parsed `Config`, methods with `@hookimpl` its events.
-
-    name: its key under `plugins:`. api: version of the hooks it was written for.
-    after, before: plugins it must follow or precede when both are loaded.
+    name: its key in the YAML; api: of the hooks; after, before: plugins to follow, precede.
     """
 
     api: ClassVar[int] = 1
@@ -46,7 +44,7 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Steps in which something acts. Integers are step indices, both ends included, as papers count;
+    """Steps in which something acts. Integers are step indices, both ends included, as in papers;
     floats are progress: step i of N is inside when start <= i/N < stop."""
 
     start: float = 0.0
@@ -73,9 +71,7 @@ class Window:
         """Step indices in a run of `total` steps. Raises ConfigError when outside the run."""
         if isinstance(self.start, int) and isinstance(self.stop, int):
             if self.stop >= total:
-                fix = (
-                    f"Use 0..{total - 1}, or progress (0.0 to 1.0), which fits any number of steps."
-                )
+                fix = f"Use 0..{total - 1}, or progress (0.0 to 1.0), which fits any number."
                 problem = f"steps {self.start}..{self.stop} are outside a run of {total} steps"
                 raise ConfigError(problem, where=where, fix=fix)
             return range(self.start, self.stop + 1)
@@ -85,7 +81,6 @@ class Window:
 @dataclass(frozen=True, slots=True)
 class Lane:
     """One latent trajectory of a pass under the prompt `prompt`; evaluated in `steps` only.
-
     follows: a plugin writes its x before every forward, so steps that nobody needs are skipped.
     keep: decode it when it reaches the end. true_cfg: the run's, unless its declaration says else.
     """
@@ -131,7 +126,6 @@ class AttnSite:
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A declared reading of attention probabilities, averaged over heads, of `branch` at `sites`.
-
     columns: P[image rows, tokens of word] `b n t`; rows: P[tokens of word, image columns] `b t n`.
     """
 
@@ -253,6 +247,4 @@ class Result:
 
     def save(self, folder: Any) -> None:
         """Write pictures, masks and manifest.json, each beside its place and then renamed."""
-        from inlay_config.images import save_result
-
-        save_result(self, folder)
+        images.save_result(self, folder)

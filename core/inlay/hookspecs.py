@@ -1,7 +1,4 @@
-"""The events, typed, each with its contract.
-
-A plugin implements any of them with `@hookimpl` and takes only the arguments that it uses.
-"""
+"""The events, each with its contract. A plugin's `@hookimpl` takes the arguments that it uses."""
 
 from __future__ import annotations
 

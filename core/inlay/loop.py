@@ -23,10 +23,8 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
     """Solve every lane of a pass; returns the final latent of each lane that reached the end."""
     hook, backbone, request = run.hook, run.backbone, run.plan.request
     base = run.schedule(pass_)
-    frame_at, index_of = (
-        schedulers.frames(base, run.device),
-        schedulers.steps_of(base, request.steps),
-    )
+    index_of = schedulers.steps_of(base, request.steps)
+    frame_at = schedulers.frames(base, run.device)
     solvers, scale = dict[str, Any](), getattr(base, "init_noise_sigma", 1.0)
     x = {ln.name: run.initial(pass_.name, ln) * scale for ln in pass_.lanes}
     hook.inlay_begin(run=run, pass_=pass_.name, x=x)
@@ -42,7 +40,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         step = Step(pass_.name, index, i, request.steps, t, last, tuple(alive), frame_at, x)
         hook.inlay_pre_step(run=run, step=step)
 
-        edits = collect_edits(run, step)
+        edits = collect_edits(run, pass_, step)
         scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
         for group in pass_.groups:
             branches = [b for b in pass_.branches if b.name in group and b.lane in alive]
@@ -81,14 +79,14 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
     return {ln.name: x[ln.name] for ln in pass_.lanes if request.steps - 1 in ln.steps}
 
 
-def collect_edits(run: Run, step: Step) -> dict[str, AttnEdits]:
+def collect_edits(run: Run, pass_: PassPlan, step: Step) -> dict[str, AttnEdits]:
     """Edits by site: each plugin is asked only for the sites and steps that it declared."""
+    branches = tuple(b.name for b in pass_.branches if b.lane in step.lanes)
     collected = {}
     for site in run.backbone.sites if run.plan.edits else ():
-        allowed = run.plan.allowed(step.pass_, site.name, step.index)
-        if allowed:
+        if allowed := run.plan.allowed.get((step.pass_, site.name, step.index)):
             where = f"attention, step {step.index}, site {site.name}"
-            edits = AttnEdits(allowed, where, run.branches(step))
+            edits = AttnEdits(allowed, where, branches)
             for edits.owner in sorted({plugin for plugin, *_ in allowed}):
                 ask = run.hook_of("inlay_attention", edits.owner)
                 ask(run=run, step=step, site=site, edits=edits)
@@ -122,7 +120,7 @@ def observe(run: Run, step: Step) -> None:
             setattr(seen, name, MappingProxyType(getattr(step, name)))
         run.hook.inlay_observe(run=run, step=seen)
     if run.callback:
-        active = sorted(n for n, at in run.plan.windows(step.pass_).items() if step.index in at)
-        sigma = float(step.frame.sigma)
-        place = {"pass": step.pass_, "step": step.index, "steps": step.total}
-        run.callback({"kind": "step", **place, "sigma": sigma, "active": active})
+        here = [run.plan.allowed.get((step.pass_, s, step.index), ()) for s in run.plan.sites]
+        active = {plugin for edits in here for plugin, *_ in edits}
+        told = {"kind": "step", "pass": step.pass_, "step": step.index, "steps": step.total}
+        run.callback({**told, "sigma": float(step.frame.sigma), "active": sorted(active)})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import combinations
+from functools import cached_property
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay_config.errors import ConfigError, PlanConflict
@@ -22,10 +22,7 @@ Active = Window | Iterable[int] | None
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, without tensors.
-
-    size, grid: (height, width) in px and in tokens; inputs: board keys given.
-    """
+    """What was asked for. size, grid: (height, width) px and tokens; inputs: board keys given."""
 
     prompt: Mapping[str, str]
     steps: int
@@ -84,19 +81,14 @@ class Plan:
     events: dict[str, tuple[str, ...]]
     memory: dict[str, int]
 
-    @cache  # noqa: B019  (a plan lives as long as its run)
-    def allowed(self, pass_: str, site: str, step: int) -> frozenset[tuple[str, str, str, str]]:
-        """(plugin, op, lane, from) of the edits that may be emitted there."""
-        here = (e for e in self.edits if e.pass_ == pass_ and site in e.sites and step in e.steps)
-        return frozenset((e.plugin, e.op, e.lane, e.from_) for e in here)
-
-    def windows(self, pass_: str) -> dict[str, frozenset[int]]:
-        """Steps in which each plugin's edits and probes act."""
-        acting: dict[str, frozenset[int]] = {}
-        here: list[Any] = [e for e in self.edits if e.pass_ == pass_]
-        for d in here + list(self.probes if pass_ == "edit" else ()):
-            acting[d.plugin] = acting.get(d.plugin, frozenset()) | d.steps
-        return acting
+    @cached_property
+    def allowed(self) -> dict[tuple[str, str, int], set[tuple[str, str, str, str]]]:
+        """(pass, site, step) -> (plugin, op, lane, from) of the edits that may be emitted there."""
+        table: dict[tuple[str, str, int], set[tuple[str, str, str, str]]] = {}
+        for e in self.edits:
+            for place in product((e.pass_,), e.sites, e.steps):
+                table.setdefault(place, set()).add((e.plugin, e.op, e.lane, e.from_))
+        return table
 
     @property
     def evaluations(self) -> dict[str, int]:
@@ -230,10 +222,10 @@ def make_plan(
     edits = tuple(clip(e, (e.pass_, lane_of(e.lane)), alive) for e in draft.edits)
     probes = tuple(clip(p, ("edit", lane_of(p.branch)), alive) for p in draft.probes)
     check_sums(edits)
-    users = {
-        s.name: [d.plugin for d in (*edits, *probes) if s.name in d.sites] for s in backbone.sites
-    }
-    sites = {name: tuple(dict.fromkeys(plugins)) for name, plugins in users.items() if plugins}
+    acting, sites = (*edits, *probes), dict[str, tuple[str, ...]]()
+    for s in backbone.sites:
+        sites[s.name] = tuple(dict.fromkeys(d.plugin for d in acting if s.name in d.sites))
+    sites = {name: users for name, users in sites.items() if users}
     rows = max(p.rows(i) for p in passes for i in range(request.steps))
     memory = backbone.memory(request.size, rows, bool(edits), len(probes))
     decided = (request, backbone.name, tuple(plugins), passes, sites, edits, probes)

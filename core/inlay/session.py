@@ -21,7 +21,7 @@ from . import backbones, hookspecs
 from .attention import Seam
 from .backbones import schedulers, text
 from .board import Board
-from .events import Cond, Lane, Plugin, Result, Step
+from .events import Cond, Lane, Plugin, Result
 from .loop import run_pass
 from .plan import PassPlan, Plan, Request, make_plan
 
@@ -30,11 +30,8 @@ EVENTS = [name for name in vars(hookspecs) if name.startswith("inlay_")]
 
 
 class Run:
-    """One run as plugins see it.
-
-    board; backbone; plan; prompts; conds by branch; words[probe]: text token indices;
-    x_T[pass, lane]: unit-variance initial noise; finals[pass][lane]: last latents so far.
-    """
+    """One run as plugins see it. conds: by branch; words[probe]: text tokens; x_T[pass, lane]:
+    unit-variance initial noise; finals[pass][lane]: last latents of the passes so far."""
 
     def __init__(self, session: Session, plan: Plan, callback: Callback | None, **given: Any):
         self.plan, self.callback, self.hook = plan, callback, session.manager.hook
@@ -72,18 +69,13 @@ class Run:
         self.backbone.set_timesteps(base, steps, self._sigmas, self.size)
         return pass_.scheduler(base) if pass_.scheduler else base
 
-    def branches(self, step: Step) -> tuple[str, ...]:
-        """Branches alive in a step."""
-        passes = {p.name: p for p in self.plan.passes}
-        return tuple(b.name for b in passes[step.pass_].branches if b.lane in step.lanes)
-
 
 class Session:
     """A pipeline with plugins. pipe: a diffusers pipeline, a folder, a hub name, "toybox/flux".
 
     plugins: name -> options, in execution order; a name is a plugin or a preset, a value may be a
-    live Plugin. skip_dead_rows=False evaluates every lane in every step.
-    Raises ConfigError and ModelError; PlanConflict when a run is planned.
+    live Plugin. skip_dead_rows=False evaluates every lane in every step. Raises ConfigError and
+    ModelError; PlanConflict when a run is planned.
     """
 
     def __init__(
@@ -174,9 +166,7 @@ class Session:
         width) px. conds: prompt or branch name -> Cond. noise: lane or stream name -> tensor.
         """
         started = time.perf_counter()
-        modes = {"image": (image, "RGB"), "mask": (mask, "L")}
-        looked = {k: images.as_picture(v, f"input.{k}", mode) for k, (v, mode) in modes.items()}
-        pictures = {kind: picture for kind, picture in looked.items() if picture is not None}
+        pictures = images.as_pictures(image=image, mask=mask)
         asked = Experiment(
             prompt=config.Prompt(**({"edit": prompt} if isinstance(prompt, str) else prompt)),
             guidance=dict(guidance) if isinstance(guidance, Mapping) else guidance,

@@ -61,7 +61,6 @@ class Experiment:
     subject: str = ""
     input: Inputs = field(default_factory=Inputs)
     plugins: dict[str, Any] = field(default_factory=dict)  # name: options, in execution order
-    resolve: dict[str, Any] = field(default_factory=dict)  # who wins where plugins conflict
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,11 +74,7 @@ class Experiment:
             ("guidance", all(type(s) in (int, float) and s >= 0 for s in scales), "0 or more"),
             ("true_cfg", self.true_cfg >= 0, "0 or more"),
             ("size", whole == [True, True] or self.size is None, "a side, [height, width] or null"),
-            (
-                "dtype",
-                re.fullmatch("float32|b?float16", self.dtype),
-                "float32, float16 or bfloat16",
-            ),
+            ("dtype", re.fullmatch("float32|b?float16", self.dtype), "float32, float16, bfloat16"),
             ("device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), "auto, cpu or cuda"),
             ("offload", self.offload in ("none", "model", "sequential"), "none, model, sequential"),
         ):
@@ -202,7 +197,7 @@ def _override(text: str) -> tuple[str, DictConfig]:
 def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:
     config: DictConfig = OmegaConf.structured(Experiment)
     for file, layer in layers:
-        for key in layer.keys() & {"prompt", "input", "plugins", "resolve"}:
+        for key in layer.keys() & {"prompt", "input", "plugins"}:
             if not isinstance(layer[key], DictConfig):
                 raise ConfigError("must be a mapping", where=_join(file, key), fix="{key: value}")
         listed, config = config.plugins.keys(), _merge(config, layer, file)

@@ -54,18 +54,23 @@ def open_image(path: str | Path, where: str = "input.image") -> Image.Image:
         raise InputError(f"'{path}' cannot be read: {error}", where=where, fix=formats) from error
 
 
-def as_picture(value: Any, where: str, mode: str = "RGB") -> Image.Image | None:
-    """A path, a PIL picture or a tensor `1 c h w` in 0..1 as a PIL picture; None stays None."""
-    if value is None:
-        return None
-    if hasattr(value, "detach"):  # a tensor, told without importing torch
-        value = to_pil(value)[0]
-    elif isinstance(value, str | Path):
-        value = open_image(value, where)
-    if not isinstance(value, Image.Image):
-        fix = "Give a path, a PIL picture or a tensor."
-        raise InputError(f"{type(value).__name__} is no picture", where=where, fix=fix)
-    return value.convert(mode)
+def as_pictures(**given: Any) -> dict[str, Image.Image]:
+    """What is given of image (as RGB) and mask (as L): a path, a PIL picture or a tensor `1 c h w`
+    in 0..1. Raises InputError for anything else."""
+    pictures = {}
+    for kind, value in given.items():
+        if hasattr(value, "detach"):  # a tensor, told without importing torch
+            value = to_pil(value)[0]
+        elif isinstance(value, str | Path):
+            value = open_image(value, f"input.{kind}")
+        if value is not None and not isinstance(value, Image.Image):
+            fix = "Give a path, a PIL picture or a tensor."
+            raise InputError(
+                f"{type(value).__name__} is no picture", where=f"input.{kind}", fix=fix
+            )
+        if value is not None:
+            pictures[kind] = value.convert("L" if kind == "mask" else "RGB")
+    return pictures
 
 
 def on_board(pictures: Mapping[str, Any], size: tuple[int, int], device: Any) -> dict[str, Tensor]:
