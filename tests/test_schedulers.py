@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from inlay import ConfigError, Lane, ModelError
+from inlay import ConfigError, ModelError
 from inlay.backbones.schedulers import advance, choose, scale_input, solver, steps_of, tabulate
 from test_frames import DETERMINISTIC, SD, build, output
 
@@ -14,10 +14,6 @@ OWN = {
     False: diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SD),
     True: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
-
-
-def lane(*steps):
-    return Lane("edit", "edit", 1, 0, 1.0, steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +95,7 @@ def test_frames_are_read_before_a_begin_index_is_set(case):
     begun = copy.deepcopy(base)
     begun.set_begin_index(0)
     assert base.begin_index is None
-    solver(base, lane(2, 3, 4), steps_of(base, 5), begin=True)
+    solver(base, 2, "edit", begin=True)
     assert base.begin_index is None
     if case == "flow heun":  # its noising is not consulted: it ignores t and changes the scheduler
         assert [float(f.sigma) for f in tabulate(begun)] == levels
@@ -123,7 +119,7 @@ def test_a_late_lane_starts_its_solver_at_its_own_index(case, begin):
     base = build(*DETERMINISTIC[case])
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(1, 4, 8, 8, generator=g), torch.randn(1, 4, 8, 8, generator=g)
-    frames, own = tabulate(base), solver(base, lane(2, 3, 4), steps_of(base, 5), begin)
+    frames, own = tabulate(base), solver(base, 2, "edit", begin)
     x = frames[2].noise(x0, eps)
     for i in range(2, 5):
         t = base.timesteps[i]
@@ -136,8 +132,8 @@ def test_a_late_lane_starts_its_solver_at_its_own_index(case, begin):
 
 def test_a_solver_with_a_history_of_calls_cannot_start_late():
     base = build(*DETERMINISTIC["pndm"])
-    with pytest.raises(ConfigError, match="lane edit: PNDMScheduler cannot start at step 2"):
-        solver(base, lane(2, 3, 4), steps_of(base, 5), False)
+    with pytest.raises(ConfigError, match="lane edit: PNDMScheduler cannot start at evaluation 2"):
+        solver(base, 2, "edit", False)
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])

@@ -213,16 +213,19 @@ def make_plan(
     core = Needs("core", request, backbone.sites, draft)
     core.lane("edit", prompt="edit", n=request.n, seed=request.seed)
     for name in plugins:
-        need = Needs(name, request, backbone.sites, draft)
-        hook_of("inlay_declare", name)(need=need)
+        hook_of("inlay_declare", name)(need=Needs(name, request, backbone.sites, draft))
     check_order(plugins, draft)
     names = [key for what, key in draft.fields if what == "pass" and key != "edit"]
     passes = tuple(plan_pass(name, draft, request, backbone) for name in (*names, "edit"))
     alive = {(p.name, ln.name): frozenset(ln.steps) for p in passes for ln in p.lanes}
-    edits = tuple(clip(e, (e.pass_, lane_of(e.lane)), alive) for e in draft.edits)
-    probes = tuple(clip(p, ("edit", lane_of(p.branch)), alive) for p in draft.probes)
+    alive |= {(p.name, b.name): alive[p.name, b.lane] for p in passes for b in p.branches}
+    edits = tuple(clip(e, (e.pass_, e.lane), alive) for e in draft.edits)
+    probes = tuple(clip(p, ("edit", p.branch), alive) for p in draft.probes)
     check_sums(edits)
     acting, sites = (*edits, *probes), dict[str, tuple[str, ...]]()
+    for d in acting:
+        for site in d.sites - {s.name for s in backbone.sites}:
+            raise ConfigError(f"no attention site {site!r}", where=f"plugins.{d.plugin}")
     for s in backbone.sites:
         sites[s.name] = tuple(dict.fromkeys(d.plugin for d in acting if s.name in d.sites))
     sites = {name: users for name, users in sites.items() if users}
@@ -269,16 +272,16 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
     return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), solver)
 
 
-def clip(declared: Any, lane: tuple[str, str], alive: dict[tuple[str, str], frozenset[int]]) -> Any:
-    """The edit or probe, in the steps in which its lane lives."""
-    if lane not in alive:
-        problem = f"{declared.plugin} acts on lane {lane[1]!r}, which nobody declares"
-        raise PlanConflict(problem, where=f"pass {lane[0]}", fix="Declare it with need.lane.")
-    steps = declared.steps & alive[lane]
+def clip(declared: Any, rows: tuple[str, str], alive: dict[tuple[str, str], frozenset[int]]) -> Any:
+    """The edit or probe, in the steps in which its lane (or branch) lives."""
+    if rows not in alive:
+        problem = f"{declared.plugin} acts on {rows[1]!r}, which is not there"
+        raise PlanConflict(problem, where=f"pass {rows[0]}", fix="Declare it, or raise guidance.")
+    steps = declared.steps & alive[rows]
     if declared.steps and not steps and isinstance(declared, Probe):
-        problem = f"{declared.plugin} reads lane {lane[1]!r} in steps that overwrite it"
-        fix = f"It lives in steps {min(alive[lane], default=None)} and later: read it there."
-        raise PlanConflict(problem, where=f"pass {lane[0]}", fix=fix)
+        problem = f"{declared.plugin} reads {rows[1]!r} in steps that overwrite it"
+        fix = f"It lives in steps {min(alive[rows], default=None)} and later: read it there."
+        raise PlanConflict(problem, where=f"pass {rows[0]}", fix=fix)
     return replace(declared, steps=steps)
 
 

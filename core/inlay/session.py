@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inlay_config import config, images, registry
 from inlay_config.config import Experiment
-from inlay_config.errors import ModelError
+from inlay_config.errors import ModelError, PluginError
 
 from . import backbones, hookspecs
 from .attention import Seam
@@ -101,21 +101,18 @@ class Session:
         live = {name: p for name, p in (plugins or {}).items() if isinstance(p, Plugin)}
         options = {name: None if name in live else v for name, v in (plugins or {}).items()}
         listed = config.expand_presets(options)
-        built = {k: live.get(k) or registry.build(k, v) for k, v in listed.items()}
-        self.plugins: dict[str, Plugin] = built
-        self.setup: dict[str, Any] = {
-            "model": model,
-            "revision": revision,
-            "offload": offload,
-            "plugins": options,
-        }
-        self.setup["scheduler"] = type(self.scheduler).__name__
+        self.plugins = {k: live.get(k) or registry.build(k, v) for k, v in listed.items()}
+        self.setup: dict[str, Any] = {"model": model, "revision": revision, "offload": offload}
+        self.setup |= {"plugins": options, "scheduler": type(self.scheduler).__name__}
         self.manager, self._callers = pluggy.PluginManager("inlay"), dict[tuple[str, str], Any]()
         self.manager.add_hookspecs(hookspecs)
-        for name, plugin in reversed(self.plugins.items()):  # pluggy calls the last one first
-            plugin.name = name
-            self.manager.register(plugin, name)
-        self.manager.check_pending()
+        try:
+            for name, plugin in reversed(self.plugins.items()):  # pluggy calls the last one first
+                plugin.name = name
+                self.manager.register(plugin, name)
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(" ".join(str(error).split()), where="plugins") from error
 
     def hook_of(self, event: str, owner: str) -> Any:
         """An event for one plugin alone."""
