@@ -128,9 +128,7 @@ def train(
     """
     torch.manual_seed(1)
     model = (Detector.from_pretrained(start) if resume and start else Detector()).to(device).train()
-    coder = (
-        AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device) if vae else None
-    )
+    coder = AutoencoderKL.from_pretrained(vae).float().to(device) if vae else None
     average = Average({"detector": model})
     step, spent = training.load_state(out, average) if resume else (0, 0.0)
     torch.manual_seed(step + 1)

@@ -64,7 +64,7 @@ def train(
         The pipeline's folder.
     """
     torch.manual_seed(2)
-    pipe = FluxPipeline.from_pretrained(teacher, torch_dtype=torch.float32).to(device)
+    pipe = FluxPipeline.from_pretrained(teacher).to(device)
     model = Model(pipe, size // 8).to(device)
     fixed = copy.deepcopy(model).requires_grad_(False)
     model.clip.requires_grad_(False)

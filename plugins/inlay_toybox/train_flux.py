@@ -33,6 +33,7 @@ from inlay_toybox.training import UNSEEN, Average, Clock, Log, Optimisers
 CAPTION_DROPOUT = 0.1
 OBJECT_WEIGHT = 2.0
 GUIDANCE = (1.0, 5.0)
+NOISE_SHIFT = 2.2
 SETTINGS = {
     "height": 64,
     "width": 64,
@@ -102,7 +103,7 @@ def make_cache(
 
     The files' names hold size, number and a digest of the autoencoder, so none is read by mistake.
     """
-    digest = hashlib.sha256(vae.encoder.conv_out.weight.float().cpu().numpy().tobytes())
+    digest = hashlib.sha256(vae.encoder.conv_out.weight.detach().float().cpu().numpy().tobytes())
     key = f"{size}-{n}-{digest.hexdigest()[:8]}"
     tensors, words = folder / f"latents-{key}.safetensors", folder / f"captions-{key}.json"
     if not (tensors.exists() and words.exists()):
@@ -173,10 +174,13 @@ def tokenise(
 
 
 def noise_levels(n: int, device: torch.device) -> torch.Tensor:
-    """Sigmas: logit-normal around the middle, one in ten uniform."""
-    sigma = torch.sigmoid(0.2 + torch.randn(n, device=device))
-    uniform = torch.rand(n, device=device)
-    return torch.where(torch.rand(n, device=device) < 0.1, uniform, sigma).clamp(0.002, 0.999)
+    """Sigmas ``[n]``, uniform and then shifted towards noise.
+
+    Where an object goes and how large it is are settled above 0.85 in so few tokens; a fifth of the
+    samples lies above 0.9, where a centred logit-normal has three in a hundred.
+    """
+    u = torch.rand(n, device=device)
+    return (NOISE_SHIFT * u / (1 + (NOISE_SHIFT - 1) * u)).clamp(0.002, 0.999)
 
 
 def samples(
@@ -199,11 +203,19 @@ def samples(
 
 
 def save(pipe: FluxPipeline, folder: Path, size: int, **changes: float) -> None:
-    """Write the pipeline in bfloat16, in the stock layout, with the recommended settings."""
-    held = {k: m.dtype for k, m in pipe.components.items() if isinstance(m, nn.Module)}
-    pipe.to(torch.bfloat16).save_pretrained(folder)
-    for key, dtype in held.items():
-        getattr(pipe, key).to(dtype)
+    """Write the pipeline in the stock layout, with the recommended settings.
+
+    Transformer and autoencoder are written in bfloat16. The small text encoders stay in float32:
+    transformers loads a model in the type of its file, diffusers in float32 unless told otherwise,
+    and a plain ``from_pretrained(folder)`` should give a pipeline of one type.
+    """
+    large = (pipe.transformer, pipe.vae)
+    held = [module.dtype for module in large]
+    for module in large:
+        module.to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+    for module, dtype in zip(large, held, strict=True):
+        module.to(dtype)
     settings = SETTINGS | {"height": size, "width": size} | changes
     (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -257,7 +269,7 @@ def train(
     """
     torch.manual_seed(0)
     if resume and start:
-        pipe = FluxPipeline.from_pretrained(start, torch_dtype=torch.float32)
+        pipe = FluxPipeline.from_pretrained(start)
     else:
         if vae is None and start is None:
             raise ValueError("train the autoencoder first, or name a pipeline that has one")

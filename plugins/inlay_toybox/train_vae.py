@@ -60,7 +60,7 @@ def psnr(
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, device: torch.device, size: int) -> None:
     """Set the shift and scale in the config that make latents zero-mean with unit variance."""
-    images = training.batch(range(UNSEEN - 512, UNSEEN), size).images.to(device)
+    images = training.batch(range(UNSEEN - 256, UNSEEN), size).images.to(device)
     latents = vae.encode(images * 2 - 1).latent_dist.mode()
     vae.register_to_config(
         shift_factor=round(float(latents.mean()), 4),
@@ -79,6 +79,9 @@ def train(
 ) -> Path:
     """Train, or go on training.
 
+    A shipped autoencoder has transformers that know its latents. Going on from one trains the
+    decoder alone and keeps the encoder, the shift and the scale, so that they stay valid.
+
     Args:
         minutes: wall-clock budget of the whole schedule.
         out: folder for state, loss curve and sample grid; the model is written to ``out/vae``.
@@ -91,10 +94,13 @@ def train(
         The model's folder.
     """
     torch.manual_seed(0)
-    vae = build() if not (resume and start) else AutoencoderKL.from_pretrained(start)
-    vae = vae.to(device)
+    further = resume and start is not None
+    vae = (AutoencoderKL.from_pretrained(start).float() if further else build()).to(device)
+    shipped = vae.encoder.conv_out.weight.detach().clone() if further else None
     average = Average({"vae": vae})
     step, spent = training.load_state(out, average) if resume else (0, 0.0)
+    decoder_only = shipped is not None and torch.equal(shipped, vae.encoder.conv_out.weight)
+    vae.encoder.requires_grad_(not decoder_only)
     optimisers = Optimisers(vae.named_parameters(), adamw=2e-3)
     log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
     while clock.done < 1:
@@ -119,6 +125,7 @@ def train(
     decibel, pictures = psnr(vae, device, size)
     print(f"vae: {step} steps, PSNR {decibel:.2f} dB on unseen scenes", flush=True)
     training.save_grid(pictures, out / "samples.png")
-    measure_latents(vae, device, size)
+    if not decoder_only:
+        measure_latents(vae, device, size)
     vae.to(torch.bfloat16).save_pretrained(out / "vae")
     return out / "vae"
