@@ -11,7 +11,7 @@ ARGS ?=
 
 demo: $(READY)
 	$(BIN)/inlay run demo --out outputs/demo
-	$(if $(ARGS),$(BIN)/inlay run addit --out outputs/demo/yours $(ARGS))
+	$(if $(ARGS),$(BIN)/inlay run addit_paste --out outputs/demo/yours $(ARGS))
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -20,7 +20,9 @@ test-goldens: $(READY)
 	$(BIN)/python -m pytest -m goldens $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks -p no:xdist $(ARGS)
+	rm -rf outputs/bench
+	$(BIN)/python -m pytest benchmarks -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 quality: $(READY)
 	$(BIN)/python benchmarks/quality.py $(ARGS)

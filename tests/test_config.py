@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlay_config.errors import ConfigError
 from inlay_config import config
+from inlay_config.errors import ConfigError
 
 ALIAS_BOMB = "a: &a [x, x]\n" + "".join(
     f"{y}: &{y} [{', '.join(['*' + x] * 9)}]\n" for x, y in itertools.pairwise("abcdef")
@@ -107,7 +107,7 @@ def test_override_values_are_yaml() -> None:
         ("size=[64]", r"size: \[64\] cannot be used"),
         ("size=[64, 64, 64]", "size: .* cannot be used"),
         ("device=gpu", "device: 'gpu' cannot be used"),
-        ("dtype=fp16", "dtype: 'fp16' cannot be used. It must be float32, float16 or bfloat16"),
+        ("dtype=fp16", "dtype: 'fp16' cannot be used. It must be float32, float16, bfloat16"),
         ("offload=disk", "offload: 'disk' cannot be used"),
         ("prompt=a dog", "prompt: must be a mapping"),
         ("plugins=[addit]", "plugins: must be a mapping"),

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from inlay_config.errors import InputError
 from inlay_config import images
+from inlay_config.errors import InputError
 
 RED = (200, 30, 10)
 
@@ -144,6 +144,18 @@ def test_tensors_and_pictures_are_inverse() -> None:
     grey = images.to_tensor(Image.fromarray(array[..., 0]))
     assert grey.shape == (1, 1, 3, 5) and images.to_pil(grey)[0].mode == "L"
     assert len(images.to_pil(torch.full((2, 3, 4, 4), 1.7))) == 2  # out of range is clamped
+
+
+def test_pictures_come_as_paths_pil_or_tensors(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    clear.save(tmp_path / "x.png")
+    for form in (clear, tmp_path / "x.png", str(tmp_path / "x.png"), torch.ones(1, 3, 2, 2)):
+        pictures = images.as_pictures(image=form, mask=form)
+        assert pictures["image"].mode == "RGB" and pictures["mask"].mode == "L"
+        assert pictures["image"].getpixel((0, 0)) == (255, 255, 255)
+    assert images.as_pictures(image=None, mask=None) == {}
+    with pytest.raises(InputError, match=r"input\.mask: int is no picture"):
+        images.as_pictures(image=None, mask=3)
 
 
 def test_saving_leaves_no_half_written_file(tmp_path: Path) -> None:

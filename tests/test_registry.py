@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from inlay_config.errors import ConfigError, ModelError, PluginError
 from inlay_config import registry
+from inlay_config.errors import ConfigError, ModelError, PluginError
 
 SHIPPED = sorted(name for name, entry in registry.plugins().items() if entry["source"] == "inlay")
 

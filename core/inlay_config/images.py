@@ -37,13 +37,7 @@ def open_image(path: str | Path, where: str = "input.image") -> Image.Image:
             image: Image.Image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = _eight_bits(image)
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
+        return _plain_rgb(image)
     except FileNotFoundError as error:
         raise InputError(f"there is no file '{path}'", where=where) from error
     except Image.DecompressionBombError as error:
@@ -56,20 +50,22 @@ def open_image(path: str | Path, where: str = "input.image") -> Image.Image:
 
 def as_pictures(**given: Any) -> dict[str, Image.Image]:
     """What is given of image (as RGB) and mask (as L): a path, a PIL picture or a tensor `1 c h w`
-    in 0..1. Raises InputError for anything else."""
+    in 0..1; None is left out. Raises InputError for anything else."""
     pictures = {}
     for kind, value in given.items():
-        if hasattr(value, "detach"):  # a tensor, told without importing torch
-            value = to_pil(value)[0]
-        elif isinstance(value, str | Path):
-            value = open_image(value, f"input.{kind}")
-        if value is not None and not isinstance(value, Image.Image):
+        if value is None:
+            continue
+        where = f"input.{kind}"
+        if isinstance(value, str | Path):
+            picture = open_image(value, where)
+        elif isinstance(value, Image.Image):
+            picture = _plain_rgb(value)
+        elif hasattr(value, "detach"):  # a tensor, told without importing torch
+            picture = to_pil(value)[0]
+        else:
             fix = "Give a path, a PIL picture or a tensor."
-            raise InputError(
-                f"{type(value).__name__} is no picture", where=f"input.{kind}", fix=fix
-            )
-        if value is not None:
-            pictures[kind] = value.convert("L" if kind == "mask" else "RGB")
+            raise InputError(f"{type(value).__name__} is no picture", where=where, fix=fix)
+        pictures[kind] = picture.convert("L" if kind == "mask" else "RGB")
     return pictures
 
 
@@ -138,6 +134,17 @@ def safe_join(folder: str | Path, name: str) -> Path:
     if "\0" in name or not path.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(f"'{name}' climbs out of '{folder}'", where="out", fix="Use a plain name.")
     return path
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    """Upright, 8 bits, transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

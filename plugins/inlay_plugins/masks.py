@@ -61,7 +61,7 @@ def feather(mask: Tensor, pixels: int) -> Tensor:
 def resize(mask: Tensor, size: Sequence[int]) -> Tensor:
     """To `size` (h, w): the mean of each cell when shrinking, bilinear when growing."""
     if mask.shape[-2] >= size[0] and mask.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(mask, list(size))
+        return F.adaptive_avg_pool2d(mask, (size[0], size[1]))
     return resize_bilinear(mask, size)
 
 

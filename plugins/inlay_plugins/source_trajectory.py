@@ -70,7 +70,12 @@ class SourceTrajectory(Plugin):
             need.lane("source", "source", **lane)
         elif self.provide == "invert":
             need.pass_("invert", lambda base: Inverter(base, cfg.fixed_point_iterations))
-            alone = {"prompt": "source", "guidance": 1.0, "true_cfg": 1.0, "keep": False}
+            alone: dict[str, Any] = {
+                "prompt": "source",
+                "guidance": 1.0,
+                "true_cfg": 1.0,
+                "keep": False,
+            }
             need.lane("source", "invert", **alone)
         every = range(need.request.steps) if cfg.use_offset else None
         need.lane("source", active=every, follows=True, keep=False, **lane)

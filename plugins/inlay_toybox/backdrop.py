@@ -98,8 +98,8 @@ def _texture(ground: str, size: int) -> np.ndarray:
     """A tile ``[size, 2 * size, 1]`` of mean 0 and deviation 1 that wraps around horizontally."""
     noise = np.random.default_rng(7).standard_normal((128, 256)).astype(np.float32)
     width, height = (9, 1) if ground in WATER else (3, 3)
-    noise = sum(np.roll(noise, k, 1) for k in range(width)) / width
-    noise = sum(np.roll(noise, k, 0) for k in range(height)) / height
+    noise = np.sum([np.roll(noise, k, 1) for k in range(width)], axis=0) / width
+    noise = np.sum([np.roll(noise, k, 0) for k in range(height)], axis=0) / height
     tile = Image.fromarray(noise).resize((2 * size, size), Image.Resampling.BOX)
     noise = np.asarray(tile, np.float32)
     return ((noise - noise.mean()) / noise.std())[..., None]

@@ -92,7 +92,7 @@ class Detector(nn.Module):
         self.prototypes = nn.Sequential(
             nn.Conv2d(3 * width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, prototypes, 1)
         )
-        nn.init.constant_(self.head[-1].bias[: len(classes)], -4.0)
+        nn.init.constant_(self.head[-1].bias[: len(classes)], -4.0)  # type: ignore[index]
 
     def forward(
         self, images: torch.Tensor

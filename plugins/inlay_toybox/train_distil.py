@@ -103,6 +103,6 @@ def train(
             training.save_state(out, average, step, clock.elapsed)
     training.save_state(out, average, step, clock.elapsed)
     average.swap()
-    preview(pipe, out / "samples.png", size, **SETTINGS)
+    preview(pipe, out / "samples.png", size, **SETTINGS)  # type: ignore[arg-type]
     save(pipe, out / "flux", size, **SETTINGS)
     return out / "flux"

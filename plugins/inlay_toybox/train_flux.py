@@ -271,9 +271,10 @@ def train(
     if resume and start:
         pipe = FluxPipeline.from_pretrained(start)
     else:
-        if vae is None and start is None:
+        vae = vae or (start / "vae" if start else None)
+        if vae is None:
             raise ValueError("train the autoencoder first, or name a pipeline that has one")
-        pipe = build(AutoencoderKL.from_pretrained(vae or start / "vae"))
+        pipe = build(AutoencoderKL.from_pretrained(vae))
     pipe.to(device)
     pipe.vae.float().requires_grad_(False)
     model = Model(pipe, size // 8).to(device)

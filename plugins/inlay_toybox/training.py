@@ -70,7 +70,8 @@ class Optimisers:
         self, named: Iterable[tuple[str, nn.Parameter]], muon: float = 0.02, adamw: float = 1e-3
     ) -> None:
         outer = ("embed", "shared", "norm", "proj_out", "relative_attention_bias")
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in named:
             hidden = parameter.ndim == 2 and not any(part in name for part in outer)
             (matrices if hidden else rest).append(parameter)

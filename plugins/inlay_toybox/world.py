@@ -185,7 +185,7 @@ def views(name: str, n: int, seed: int, colour: str | None = None) -> list[Scene
     """
     toy = BY_NAME[name]
     rng = np.random.default_rng([seed, 1])
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < n:
         ground = toy.grounds[int(rng.random() * len(toy.grounds))]
         scene = Scene(ground, bool(rng.random() < 0.2), Look.draw(rng, ground))
