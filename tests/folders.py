@@ -1,4 +1,4 @@
-"""A tiny random FLUX pipeline on disk, tokenizers and text encoders included, for whatever starts from a folder."""
+"""A tiny random FLUX pipeline on disk, with tokenizers and text encoders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH, TOKENS = 16, 32
 
 
 def save_flux(folder: Path) -> Path:
-    """Write the pipeline to `folder`; prompts are spelled letter by letter, so every word is several tokens."""
+    """Write the pipeline; prompts are spelled letter by letter, so words are several tokens."""
     pipe = models.flux()
     torch.manual_seed(1)
     letters = [*string.ascii_letters, *string.digits, *",.'-"]

@@ -25,7 +25,7 @@ def _vae(channels: int, **extra) -> AutoencoderKL:
 
 
 def flux(seed: int = 0) -> FluxPipeline:
-    """2 double and 2 single blocks, head width 16, 16 text channels; latents 2x2 packed, VAE factor 2 (tokens of 4x4 px)."""
+    """2 double and 2 single blocks, head width 16, 16 text channels; tokens of 4x4 pixels."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -91,5 +91,6 @@ def conds(seed: int = 7, text: int = 12, pooled: bool = True) -> dict[str, dict]
     made = {}
     for name in ("source", "edit", "negative"):
         embeds = torch.randn(1, text, 16, generator=g)
-        made[name] = {"embeds": embeds, "pooled": torch.randn(1, 16, generator=g) if pooled else None}
+        extra = torch.randn(1, 16, generator=g) if pooled else None
+        made[name] = {"embeds": embeds, "pooled": extra}
     return made
