@@ -20,15 +20,18 @@ class StructureTransfer(Plugin):
 
     @dataclass
     class Config:
-        """step: index or progress. The paper takes 2 of 30 for a generated source, 4 for a picture;
-        earlier gives the object more freedom, later keeps more of the source.
+        """step: index or progress; null: as published, 4 of 30 for a picture, 2 for a generated
+        source. Earlier gives the object more freedom, later keeps more of the source.
         """
 
-        step: Any = 2 / 30
+        step: Any = None
 
     @hookimpl
     def inlay_declare(self, need: Needs) -> None:
-        self.step = step_index(self.cfg.step, need.request.steps, f"plugins.{need.owner}.step")
+        step = self.cfg.step
+        if step is None:
+            step = 4 / 30 if "image:source" in need.request.inputs else 2 / 30
+        self.step = step_index(step, need.request.steps, f"plugins.{need.owner}.step")
         need.consume("latent:source")
         need.lane("edit", active=range(self.step, need.request.steps))
 
