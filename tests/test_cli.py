@@ -96,6 +96,25 @@ def test_a_run_fills_the_folder_and_repeats_bit_for_bit(
         assert (pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all()
 
 
+def test_addit_on_a_picture_repeats_bit_for_bit(invoke: Invoke, model: str, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(picture).save("me.png")
+    words = (f"model={model}", "steps=4", "input.image=me.png", "prompt.source=the grass")
+    code, _, err = invoke("run", "addit_paste", *words, "--out", "first")
+    assert code == 0, err
+    first = tmp_path / "first"
+    assert (first / "masks" / "subject.png").is_file()
+    sheet = open_image(first / "sheet.png")
+    assert sheet.width > 4 * 256  # input, source, edit, mask, attention
+    carried = first / "images" / "edit.png"
+    again = ("run", "--from", carried, f"model={model}", "input.image=me.png", "--out", "second")
+    code, _, err = invoke(*again)
+    assert code == 0, err
+    assert (
+        np.asarray(open_image("second/images/edit.png")) == np.asarray(open_image(carried))
+    ).all()
+
+
 def test_json_reports_the_manifest(invoke: Invoke, model: str) -> None:
     code, out, err = invoke("run", "t2i", f"model={model}", "steps=2", "--out", "x", "--json")
     report = json.loads(out)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inlay_config import registry
+from inlay_config import config, registry
 from inlay_config.errors import ConfigError, ModelError, PluginError
 
 SHIPPED = sorted(name for name, entry in registry.plugins().items() if entry["source"] == "inlay")
@@ -24,6 +24,11 @@ def test_every_entry_imports_and_describes_itself(name: str) -> None:
     assert entry["maturity"] in ("stable", "beta", "prototype") and entry["summary"]
     cls = registry.plugin_class(name)
     assert dataclasses.is_dataclass(cls.Config) and cls.__doc__
+
+
+def test_every_plugin_runs_in_a_packaged_experiment() -> None:
+    used = {name for each in config.experiments() for name in config.load(each).plugins}
+    assert set(SHIPPED) <= used
 
 
 def test_an_unknown_plugin_is_refused_with_a_suggestion() -> None:

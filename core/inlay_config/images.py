@@ -98,7 +98,7 @@ def save(image: Image.Image, path: Path, manifest: Mapping[str, Any] | None = No
     """Write a PNG, the portable manifest in its text chunk `inlay`."""
     text = PngImagePlugin.PngInfo()
     if manifest:
-        text.add_itxt("inlay", json.dumps(portable(manifest), sort_keys=True))
+        text.add_itxt("inlay", json.dumps(portable(manifest)))
     with whole(path) as partial:
         image.save(partial, format="PNG", pnginfo=text)
 
