@@ -317,7 +317,9 @@ def test_localise():
 SMALL = list(json.loads((GOLDENS / "addit_small.json").read_text())["cases"])
 
 
+@cache
 def small(case: str, skip: bool = False):
+    """A case of addit_small; the run itself is shared by the tests of it."""
     stored, card = golden("addit_small")
     asked = card["cases"][case]["args"]
     guidance = asked["guidance_scale"]
