@@ -12,7 +12,7 @@ from models import flux
 STEPS = 30
 PLUGINS = {
     "source_trajectory": {},
-    "structure_transfer": {"step": 4},  # the paper's for a picture
+    "structure_transfer": {},
     "weighted_attention": {},
     "subject_mask": {"subject": "dog"},
     "latent_blend": {},
