@@ -26,7 +26,7 @@ from inlay_plugins.schedules import step_index
 DEPTHS = {"double": (13 / 18, 14 / 18, 1.0), "single": (23 / 37, 33 / 37)}
 UNET_SIDE = 16  # cells per side of the cross-attention maps with the clearest shapes (SD at 512 px)
 FUNCTION_WORDS = re.compile(
-    "an?|the|this|that|its|his|her|their|some|and|or|with|of|in|on|at|by|to|from|into|near|beside|"
+    "an?|the|this|that|its?|his|her|their|some|and|or|with|of|in|on|at|by|to|from|into|near|beside|"
     "behind|above|below|under|over|is|are|there",
     re.IGNORECASE,
 )
