@@ -22,13 +22,14 @@ from PIL import Image
 
 import inlay
 import inlay_toybox
+from inlay import Plugin, hookimpl
 from inlay_toybox import quality, world
 from inlay_toybox.detector import Detections, Detector
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "outputs" / "quality"
 PAGE = ROOT / "docs" / "results.md"
-METHODS = ("copy the input", "plain text-to-image", "Add-it")
+METHODS = ("copy the input", "plain text-to-image", "Add-it", "Add-it and paste_back")
 CHUNK = 20  # items between two writes to disk, and on one sheet
 THRESHOLD = 0.3
 Row = dict[str, Any]
@@ -113,7 +114,8 @@ def insertions(n: int, detector: Detector) -> list[Row]:
     path = OUT / f"insertion-{weights()}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     items = list(quality.insertion_items(n))
-    session = inlay.Session(pipeline(), {"addit": {}}) if len(rows) < n else None
+    plugins = {"addit": {}, "before": Before(), "paste_back": {}}
+    session = inlay.Session(pipeline(), plugins) if len(rows) < n else None
     while session and len(rows) < n:
         first = len(rows)
         chunk = items[first : first + CHUNK]
@@ -125,6 +127,14 @@ def insertions(n: int, detector: Detector) -> list[Row]:
         sheet(chunk, pictures).save(OUT / f"insertion-{first:03d}.png")
         print(f"{len(rows)} of {n} items", flush=True)
     return rows[:n]
+
+
+class Before(Plugin):
+    """Keeps the picture as it is before paste_back: one run serves two rows of the table."""
+
+    @hookimpl
+    def inlay_final(self, result: inlay.Result) -> None:
+        self.picture = result.images["edit"]
 
 
 def results(
@@ -145,7 +155,8 @@ def results(
             true_cfg=options["true_cfg_scale"],
             seed=seed + i,
         )
-        made = (pixels(item.picture), drawn[i : i + 1], edited.images["edit"].float().cpu())
+        before, pasted = session.plugins["before"].picture, edited.images["edit"]
+        made = (pixels(item.picture), drawn[i : i + 1], before.float().cpu(), pasted.float().cpu())
         pictures.append(dict(zip(METHODS, made, strict=True)))
     return pictures
 
@@ -245,9 +256,9 @@ def pixels(picture: Image.Image) -> torch.Tensor:
 def sheet(
     items: list[quality.InsertionItem], pictures: list[dict[str, torch.Tensor]]
 ) -> Image.Image:
-    """Input, plain text-to-image, Add-it of each item; four items in a line, twice as large."""
-    side, columns = items[0].picture.width, 4
-    width, lines = 3 * side + 12, -(-len(items) // columns)
+    """Input, plain text-to-image, Add-it, pasted back: three items in a line, twice as large."""
+    side, columns = items[0].picture.width, 3
+    width, lines = 4 * side + 14, -(-len(items) // columns)
     canvas = Image.new("RGB", (columns * width, lines * (side + 4)), "white")
     for i, (item, made) in enumerate(zip(items, pictures, strict=True)):
         shown = [item.picture, *(to_image(made[method]) for method in METHODS[1:])]
