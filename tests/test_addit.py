@@ -411,6 +411,27 @@ def test_words_of_several_pieces_and_several_words_are_summed():
         torch.testing.assert_close(sums["['spotted', 'dog']"][site], parts)
 
 
+@pytest.mark.parametrize("family", [flux, stable_diffusion])
+def test_the_difference_localiser_looks_where_the_edit_left_the_source(family):
+    """An edit that is the source outside a quarter is found in that quarter."""
+
+    class Quarter(Plugin):
+        @hookimpl
+        def inlay_denoised(self, run, step):
+            clean = run.board["latent:source"]
+            change = torch.zeros_like(run.backbone.to_grid(clean, run.size))
+            change[:, :, : change.shape[2] // 2, : change.shape[3] // 2] = 3
+            step.x0["edit"] = clean + run.backbone.from_grid(change)
+
+    mask = {"step": 3, "localiser": "difference"}
+    plugins = {"source_trajectory": {}, "subject_mask": mask, "quarter": Quarter()}
+    found = run(family(), plugins, image=picture()).board["mask:subject"]
+    height, width = found.shape[-2:]
+    assert found[..., : height // 2 - 1, : width // 2 - 1].any()
+    assert not found[..., height // 2 + 1 :, :].any()
+    assert not found[..., width // 2 + 1 :].any()
+
+
 @pytest.mark.parametrize("background", ["noised", "lane"])
 def test_blending_puts_the_source_back_outside_the_mask(background):
     record = Record()

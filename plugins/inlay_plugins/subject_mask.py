@@ -31,8 +31,12 @@ FUNCTION_WORDS = re.compile(
     re.IGNORECASE,
 )
 
-LOCALISERS: dict[str, Callable[[Tensor], Tensor]] = {"attention": masks.otsu}
-"""Name -> function from maps `b 1 h w` (0..1) to masks `b 1 h w`."""
+LOCALISERS: dict[str, Callable[[Tensor, Callable[[], Tensor]], Tensor]] = {
+    "attention": lambda seen, departure: seen,
+    "difference": lambda seen, departure: seen * departure(),
+}
+"""Name -> the map to threshold, from attention `b 1 h w` and from how far the edit is from the
+source there, both on the token grid."""
 
 
 class SubjectMask(Plugin):
@@ -48,6 +52,8 @@ class SubjectMask(Plugin):
         step: the last one recorded, which publishes; count: how many. sites: names of attention
         modules; []: chosen by depth. dilate: token cells added around the mask.
 
+        localiser: attention, as published; difference: attention times the distance between the
+        edit's clean estimate and the source, which drops what the words attend to in the source.
         mode: fixed sums the picture's attention to all pieces of the words. reference, as
         published: the last piece only, the text's attention to the picture added up, and the
         picture's attention to it at the last step only (joint attention models).
@@ -87,6 +93,8 @@ class SubjectMask(Plugin):
             self.rows = [f"{need.owner}/rows/{word}" for word in words]
             for name, word in zip(self.rows, words, strict=True):
                 need.probe(name, "edit/text", word, names, recorded, read="rows")
+        if cfg.localiser == "difference":
+            need.consume("latent:source")
         need.publish("map:subject")
         need.publish("mask:subject")
 
@@ -105,12 +113,18 @@ class SubjectMask(Plugin):
                 seen = pieces.float().sum(2) if fixed else pieces[..., -1]
                 self.sums[site] = self.sums[site] + seen if site in self.sums else seen
         if step.index == self.last:
-            self._publish(run)
+            self._publish(run, step)
 
-    def _publish(self, run: Run) -> None:
+    def _publish(self, run: Run, step: Step) -> None:
         grid = run.backbone.grid(run.size)
+
+        def departure() -> Tensor:
+            moved = step.x0["edit"] - run.board["latent:source"]
+            return run.backbone.to_grid(moved, run.size).norm(dim=1, keepdim=True)
+
         maps = [_picture(total, self.sites[site], grid) for site, total in self.sums.items()]
-        smooth = masks.blur(torch.stack(maps).mean(0))
+        mean = torch.stack(maps).mean(0)
+        smooth = masks.blur(LOCALISERS[self.cfg.localiser](mean, departure))
         stretched, flat = masks.minmax(smooth), masks.is_flat(smooth)
         if flat.any():
             warnings.warn(
@@ -121,7 +135,7 @@ class SubjectMask(Plugin):
             stretched = torch.where(flat.view(-1, 1, 1, 1), torch.ones_like(stretched), stretched)
         mask = torch.ones_like(stretched, dtype=torch.float32)
         if not flat.all():
-            mask[~flat] = LOCALISERS[self.cfg.localiser](stretched[~flat])
+            mask[~flat] = masks.otsu(stretched[~flat])
         run.board["map:subject"] = stretched
         run.board["mask:subject"] = masks.dilate(mask, self.cfg.dilate)
 
