@@ -10,6 +10,7 @@ import torch
 from pairs import ratio, report
 
 import inlay
+from inlay.backbones import adapt
 from inlay_config import registry
 from models import conds, stable_diffusion
 
@@ -24,7 +25,7 @@ def toybox_flux():
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(registry.resolve_model("toybox/flux"))
-    cond = inlay.backbones.adapt(pipe).encode_text("a dog on the grass")
+    cond = adapt(pipe).encode_text("a dog on the grass")
     given = {"embeds": cond.embeds, "pooled": cond.pooled}
     return pipe, {"edit": given, "negative": given}, {"guidance": 1.0, "size": 64}
 

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 import inlay
 from inlay import SeamMissed
 from inlay.attention import Seam, attention_modules
+from inlay.backbones import adapt
 from models import conds, flux, stable_diffusion
 from spies import Editor, plugin
 
@@ -43,7 +44,7 @@ def run(pipe, plugins=None, **options):
 
 
 def denoiser(pipe):
-    return inlay.backbones.adapt(pipe).denoiser
+    return adapt(pipe).denoiser
 
 
 # coverage -------------------------------------------------------------------------------------

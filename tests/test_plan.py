@@ -8,6 +8,7 @@ import torch
 import inlay
 from folders import save_flux
 from inlay import ConfigError, PlanConflict, Window
+from inlay.backbones import adapt
 from inlay.cli.experiment import plan_experiment
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
@@ -263,7 +264,7 @@ def test_an_edit_that_was_not_declared_is_refused_when_emitted(pipe):
 def test_edits_are_asked_for_inside_their_windows_only(pipe):
     editor = Editor(active=[1, 3], select={"block": ["single"]})
     inlay.Session(pipe, {"edit": editor}).run(conds=conds(), steps=4)
-    names = sorted(n for n in inlay.backbones.adapt(pipe).modules if n.startswith("single"))
+    names = sorted(n for n in adapt(pipe).modules if n.startswith("single"))
     assert editor.seen == [(step, name) for step in (1, 3) for name in names]
 
 
@@ -339,7 +340,7 @@ def test_memory_is_arithmetic_on_the_largest_batch(pipe):
 
 
 def test_a_unet_offers_self_and_cross_sites_at_three_scales():
-    sites = inlay.backbones.adapt(stable_diffusion()).sites
+    sites = adapt(stable_diffusion()).sites
     assert {s.kind for s in sites} == {"self", "cross"}
     assert {s.block for s in sites} == {"down", "mid", "up"}
     assert {s.scale for s in sites} == {1, 2, 4}
