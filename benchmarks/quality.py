@@ -23,6 +23,7 @@ from PIL import Image
 import inlay
 import inlay_toybox
 from inlay import Plugin, hookimpl
+from inlay_config import config
 from inlay_toybox import quality, world
 from inlay_toybox.detector import Detections, Detector
 
@@ -111,7 +112,8 @@ def pipeline() -> Any:
 
 def insertions(n: int, detector: Detector) -> list[Row]:
     """One row per item: of each method inclusion, placement, PSNR. Kept chunk by chunk."""
-    path = OUT / f"insertion-{weights()}.jsonl"
+    preset = json.dumps(config.expand_presets({"addit": {}}))
+    path = OUT / f"insertion-{weights()}-{hashlib.sha256(preset.encode()).hexdigest()[:8]}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     items = list(quality.insertion_items(n))
     plugins = {"addit": {}, "before": Before(), "paste_back": {}}
