@@ -1,4 +1,4 @@
-"""The toybox world: determinism, captions, masks and boxes that agree, plausible places, held-out pairs."""
+"""The toybox world: determinism, captions, masks that agree, plausible places, held-out pairs."""
 
 from __future__ import annotations
 
