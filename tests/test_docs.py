@@ -127,5 +127,5 @@ def test_the_readme_shows_the_layout_that_exists():
 
 
 def test_pictures_are_small():
-    pictures = [*pages.ROOT.glob("docs/*.png"), *pages.ROOT.glob("docs/*.jpg")]
+    pictures = list(pages.ROOT.glob("docs/**/*.png"))
     assert all(p.stat().st_size < 300_000 for p in pictures)
