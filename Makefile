@@ -6,6 +6,8 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+# Tiny models gain nothing from threads, and on a busy machine threads wait for each other.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-goldens bench quality lint clean
 
