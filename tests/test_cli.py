@@ -157,7 +157,11 @@ def test_ctrl_c_in_mid_run_leaves_nothing(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Progress, "update", interrupt)
-    code, out, err = invoke("run", "t2i", f"model={model}", "steps=4", "--out", "x/y")
+    held = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+    try:
+        code, out, err = invoke("run", "t2i", f"model={model}", "steps=4", "--out", "x/y")
+    finally:
+        signal.signal(signal.SIGINT, held)
     assert (code, out) == (130, "") and err.strip() == "error: interrupted; nothing was written"
     assert list(Path().iterdir()) == []
 
