@@ -112,11 +112,11 @@ def pipeline() -> Any:
 
 def insertions(n: int, detector: Detector) -> list[Row]:
     """One row per item: of each method inclusion, placement, PSNR. Kept chunk by chunk."""
-    preset = json.dumps(config.expand_presets({"addit": {}}))
-    path = OUT / f"insertion-{weights()}-{hashlib.sha256(preset.encode()).hexdigest()[:8]}.jsonl"
+    digest = hashlib.sha256(options().encode()).hexdigest()[:8]
+    path = OUT / f"insertion-{weights()}-{digest}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     items = list(quality.insertion_items(n))
-    plugins = {"addit": {}, "before": Before(), "paste_back": {}}
+    plugins = {**config.load("addit").plugins, "before": Before(), "paste_back": {}}
     session = inlay.Session(pipeline(), plugins) if len(rows) < n else None
     while session and len(rows) < n:
         first = len(rows)
@@ -131,6 +131,13 @@ def insertions(n: int, detector: Detector) -> list[Row]:
     return rows[:n]
 
 
+def options() -> str:
+    """What the shipped experiment `addit` says, as JSON; the subject is each item's own."""
+    plugins = config.load("addit").plugins
+    plugins["subject_mask"]["subject"] = ""
+    return json.dumps({name: values for name, values in plugins.items() if values})
+
+
 class Before(Plugin):
     """Keeps the picture as it is before paste_back: one run serves two rows of the table."""
 
@@ -143,7 +150,7 @@ def results(
     session: inlay.Session, items: list[quality.InsertionItem], seed: int
 ) -> list[dict[str, torch.Tensor]]:
     """Pictures `1 3 h w` of every method, item by item; noise from `seed` and the place."""
-    options = quality.settings()
+    call = quality.settings()
     captions = [item.target_caption for item in items]
     drawn = quality.generate(session.backbone.pipe, captions, seed)
     pictures = []
@@ -152,9 +159,9 @@ def results(
         edited = session.run(
             {"source": item.source_caption, "edit": item.target_caption},
             item.picture,
-            steps=options["num_inference_steps"],
-            guidance=options["guidance_scale"],
-            true_cfg=options["true_cfg_scale"],
+            steps=call["num_inference_steps"],
+            guidance=call["guidance_scale"],
+            true_cfg=call["true_cfg_scale"],
             seed=seed + i,
         )
         before, pasted = session.plugins["before"].picture, edited.images["edit"]
@@ -221,7 +228,7 @@ def insertion_table(rows: list[Row]) -> str:
     lines.append(("chance (the object at a random place)", f"{chance:.3f}", "–", "–", "–", "–"))
     head = ("method", "affordance", "inclusion", "inclusion, held-out pairs")
     head += ("background PSNR, dB", "outside the true footprint alone")
-    return table(head, lines)
+    return f"{table(head, lines)}\n\nOptions other than the defaults: `{options()}`."
 
 
 def share(hits: list[bool]) -> str:
