@@ -100,6 +100,7 @@ def insert(  # one call of the whole method, as the published pipeline's argumen
     use_offset=False,
     dtype=torch.float32,
     skip=False,
+    mask=None,
 ):
     common, _ = golden("addit_common")
     tokens = ["▁dog" if piece == subject else piece for piece in TOKENS]  # the last piece alone
@@ -127,9 +128,11 @@ def insert(  # one call of the whole method, as the published pipeline's argumen
         plugins["subject_mask"] = {"subject": subject, "step": blend[0], "mode": mode}
         plugins["subject_mask"]["sites"] = RECORDED
         plugins["latent_blend"] = {"steps": list(blend), "background": "lane", "mode": "reference"}
+        plugins["latent_blend"]["mask"] = "mask:subject" if mask is None else "mask:user"
     session = Session(tiny_flux(dtype), plugins | {"record": record}, skip_dead_rows=skip)
     result = session.run(
         PROMPTS,
+        mask=mask,
         size=side * 16,
         steps=steps,
         guidance=guidance,
@@ -310,6 +313,8 @@ def test_localise():
         assert (smooth[0, 0] - stored[f"{case}.map_smoothed"]).abs().max() < 1e-6, case
         assert (stretched[0, 0] - stored[f"{case}.map_minmax"]).abs().max() < 5e-6, case
         assert torch.equal(masks.otsu(stretched)[0, 0].byte(), stored[f"{case}.mask"]), case
+        clicks = masks.points(smooth, masks.otsu(stretched), card["image_size"])
+        assert torch.equal(torch.tensor(clicks), stored[f"{case}.points_xy"].long()), case
 
 
 # whole runs, 64 image tokens ---------------------------------------------------------------------
@@ -387,6 +392,16 @@ def test_run_real_inversion(case):
             assert rel(record.inverted[step][0], known[level]) < 2e-6
     check_latents(record, stored[f"{case}.latents_after_step"], card["stored_steps"], 2e-6)
     check_mask(result, stored[f"{case}.mask_otsu"])
+
+
+@pytest.mark.goldens
+def test_run_blend_by_clicks():
+    """The segmenter is a stub that answers any clicks with one disc; the clicks are compared."""
+    y, x = torch.meshgrid(torch.arange(1024), torch.arange(1024), indexing="ij")
+    disc = ((x - 503) ** 2 + (y - 610) ** 2 <= 217.3**2).float()[None, None]
+    record, result, stored, card = run_4096("addit_run_blend_sam", provide="regenerate", mask=disc)
+    assert torch.equal(torch.tensor(result.board["points:subject"][0]), stored["points_xy"].long())
+    check_latents(record, stored["latents_after_step"], card["stored_steps"], 2e-6)
 
 
 @pytest.mark.goldens

@@ -43,6 +43,25 @@ def otsu(maps: Tensor) -> Tensor:
     return (maps.float() > torch.tensor(levels, device=maps.device).view(-1, 1, 1, 1)).float()
 
 
+def points(smooth: Tensor, mask: Tensor, size: Sequence[int]) -> list[tuple[int, int]]:
+    """Up to three clicks (x, y) on a picture of `size` (h, w), for a segmenter (Add-it, A.4).
+
+    smooth, mask: one map and its mask `1 1 h w`. Each click is the first maximum of the upsampled
+    map; a square of half-side max(box width, box height) // 4 around it is cleared before the next,
+    and what peaks below 0.35 of the first is no click.
+    """
+    found = []
+    wide = resize_bilinear(smooth, size)[0, 0].clone()
+    rows, columns = (resize_bilinear(mask.float(), size)[0, 0] > 0).nonzero(as_tuple=True)
+    spread = max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) // 4
+    first = wide.max()
+    while len(found) < 3 and wide.max() >= 0.35 * first:
+        y, x = divmod(int(wide.argmax()), wide.shape[1])
+        found.append((x, y))
+        wide[max(y - spread, 0) : y + spread + 1, max(x - spread, 0) : x + spread + 1] = 0
+    return found
+
+
 def dilate(mask: Tensor, cells: int) -> Tensor:
     """Every cell takes the largest value of the square of `cells` around it."""
     size = 2 * cells + 1

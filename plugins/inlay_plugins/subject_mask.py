@@ -40,7 +40,8 @@ source there, both on the token grid."""
 
 
 class SubjectMask(Plugin):
-    """Publishes `map:subject` (0..1) and `mask:subject` (0 or 1), both `b 1 h w` on the token grid.
+    """Publishes `map:subject` (0..1) and `mask:subject` (0 or 1), both `b 1 h w` on the token grid,
+    and `points:subject`, clicks (x, y) in pixels per picture, for a segmenter.
 
     A map without contrast cannot be thresholded: the mask is then the whole picture, which leaves
     the edit as it is, and a warning says so.
@@ -95,6 +96,7 @@ class SubjectMask(Plugin):
                 need.probe(name, "edit/text", word, names, recorded, read="rows")
         if cfg.localiser == "difference":
             need.consume("latent:source")
+        need.publish("points:subject")
         need.publish("map:subject")
         need.publish("mask:subject")
 
@@ -136,6 +138,10 @@ class SubjectMask(Plugin):
         mask = torch.ones_like(stretched, dtype=torch.float32)
         if not flat.all():
             mask[~flat] = masks.otsu(stretched[~flat])
+        run.board["points:subject"] = [
+            masks.points(one, area, run.size) if area.any() else []
+            for one, area in zip(smooth.split(1), mask.split(1), strict=True)
+        ]
         run.board["map:subject"] = stretched
         run.board["mask:subject"] = masks.dilate(mask, self.cfg.dilate)
 
