@@ -16,7 +16,7 @@ demo: $(READY)
 	$(if $(ARGS),$(BIN)/inlay run addit_paste --out outputs/demo/yours $(ARGS))
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 test-goldens: $(READY)
 	$(BIN)/python -m pytest -m goldens $(ARGS)
