@@ -50,7 +50,7 @@ def points(smooth: Tensor, mask: Tensor, size: Sequence[int]) -> list[tuple[int,
     map; a square of half-side max(box width, box height) // 4 around it is cleared before the next,
     and what peaks below 0.35 of the first is no click.
     """
-    found = []
+    found: list[tuple[int, int]] = []
     wide = resize_bilinear(smooth, size)[0, 0].clone()
     rows, columns = (resize_bilinear(mask.float(), size)[0, 0] > 0).nonzero(as_tuple=True)
     spread = max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) // 4
