@@ -6,14 +6,13 @@ import diffusers
 import pytest
 import torch
 
+import models
 from inlay import ConfigError, ModelError
+from inlay.backbones import adapt
 from inlay.backbones.schedulers import advance, choose, scale_input, solver, steps_of, tabulate
 from test_frames import DETERMINISTIC, SD, build, output
 
-OWN = {
-    False: diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SD),
-    True: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-}
+MODEL = {False: adapt(models.stable_diffusion()), True: adapt(models.flux())}
 
 
 @pytest.mark.parametrize(
@@ -23,27 +22,27 @@ OWN = {
         ("DPMSolverSinglestepScheduler", False),
         ("HeunDiscreteScheduler", False),
         ("LMSDiscreteScheduler", False),
-        ("FlowMatchHeunDiscreteScheduler", True),
         ("UniPCMultistepScheduler", True),
         ("DPMSolverMultistepScheduler", True),
     ],
 )
 def test_a_class_name_takes_the_configuration_of_the_model(name, flow):
-    made = choose(OWN[flow], name, flow)
+    made = choose(MODEL[flow], name)
     assert type(made).__name__ == name
     if not flow:
         assert made.config.beta_end == 0.012
-    elif not name.startswith("FlowMatch"):
+    else:
         assert made.config.use_flow_sigmas and made.config.prediction_type == "flow_prediction"
-    made.set_timesteps(5)
+    MODEL[flow].set_timesteps(made, 5, None, (32, 32))
     assert len(tabulate(made)) == len(made.timesteps) + 1
 
 
 def test_no_name_and_its_own_name_keep_the_scheduler_of_the_model():
-    assert choose(OWN[True], None, True) is OWN[True]
-    assert choose(OWN[True], "FlowMatchEulerDiscreteScheduler", True) is OWN[True]
+    own = MODEL[True].pipe.scheduler
+    assert choose(MODEL[True], None) is own
+    assert choose(MODEL[True], "FlowMatchEulerDiscreteScheduler") is own
     instance = diffusers.UniPCMultistepScheduler(**SD)
-    assert choose(OWN[False], instance, False) is instance
+    assert choose(MODEL[False], instance) is instance
 
 
 @pytest.mark.parametrize(
@@ -55,11 +54,13 @@ def test_no_name_and_its_own_name_keep_the_scheduler_of_the_model():
         ("EDMEulerScheduler", False, "does not step from .output, t, x. alone"),
         ("RePaintScheduler", False, "does not step from .output, t, x. alone"),
         ("UnCLIPScheduler", False, "cannot be built for this model"),
+        ("DiscreteDDIMScheduler", False, "cannot be driven"),
+        ("FlowMatchHeunDiscreteScheduler", True, "cannot be driven"),
     ],
 )
 def test_what_cannot_solve_the_model_is_refused(name, flow, message):
     with pytest.raises(ConfigError, match=message):
-        choose(OWN[flow], name, flow)
+        choose(MODEL[flow], name)
 
 
 @pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])

@@ -97,7 +97,7 @@ class Session:
         else:
             model = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
         self.backbone = backbones.adapt(pipe)
-        self.scheduler = schedulers.choose(pipe.scheduler, scheduler, self.backbone.flow)
+        self.scheduler = schedulers.choose(self.backbone, scheduler)
         live = {name: p for name, p in (plugins or {}).items() if isinstance(p, Plugin)}
         options = {name: None if name in live else v for name, v in (plugins or {}).items()}
         listed = config.expand_presets(options)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +17,19 @@ from inlay_config.errors import ConfigError, ModelError
 
 from ..frames import Frame
 
+if TYPE_CHECKING:
+    from .base import Backbone
+
 TESTED = "DDIM, DDPM, Euler, Euler ancestral, DPM++ multistep, UniPC, PNDM, FlowMatchEuler"
 
 
-def choose(own: Any, wanted: Any, flow: bool) -> Any:
+def choose(backbone: Backbone, wanted: Any) -> Any:
     """The pipeline's own scheduler, an instance, or a diffusers class by name.
 
-    Raises ConfigError for an unknown name and for one that solves another kind of model.
+    Raises ConfigError for an unknown name, and for one that solves another kind of model or fails
+    when one step is tried.
     """
+    own, flow = backbone.pipe.scheduler, backbone.flow
     if wanted is None or wanted == type(own).__name__:
         return own
     if isinstance(wanted, str):
@@ -48,7 +53,19 @@ def choose(own: Any, wanted: Any, flow: bool) -> Any:
         kind, fix = "flow" if flow else "diffusion", f"Use {type(own).__name__}."
         problem = f"{type(wanted).__name__} does not solve a {kind} model"
         raise ConfigError(problem, where="scheduler", fix=fix)
+    _try(backbone, wanted)
     return wanted
+
+
+def _try(backbone: Backbone, scheduler: Any) -> None:
+    """One step of a run of ten, on nothing: what cannot be driven is told before a run."""
+    trial, x = copy.deepcopy(scheduler), torch.zeros(2, 3, 5, 7)
+    try:
+        backbone.set_timesteps(trial, 10, None, backbone.native_size)
+        advance(trial, x, trial.timesteps[0], scale_input(trial, x, trial.timesteps[0]), None)
+    except Exception as error:  # third-party code of any kind
+        problem = f"{type(scheduler).__name__} cannot be driven: {' '.join(str(error).split())}"
+        raise ConfigError(problem, where="scheduler", fix=f"Use one of {TESTED}.") from error
 
 
 def _is_solver(scheduler: Any) -> bool:
@@ -91,7 +108,7 @@ def scale_input(solver: Any, x: Tensor, t: Tensor) -> Tensor:
 
 
 def advance(
-    solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator
+    solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None
 ) -> Tensor:
     """scheduler.step, with the lane's generator where the scheduler draws noise."""
     noise = {"generator": generator} if _draws_noise(type(solver)) else {}  # type: ignore[arg-type]
