@@ -224,8 +224,8 @@ def test_offload_on_a_cpu_is_refused_by_name(folder, offload):
         load(str(folder), device="cpu", offload=offload)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without one")
-def test_a_device_that_is_not_there_is_refused(folder):
+def test_a_device_that_is_not_there_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="device: there is no CUDA device here"):
         load(str(folder), device="cuda")
 

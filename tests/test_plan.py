@@ -185,13 +185,16 @@ def test_two_sums_into_the_same_keys_are_refused(pipe):
 def test_sums_that_never_meet_compose(pipe):
     one, two = summed(), summed()
     one.active, two.active = [0, 1], [2, 3]
-    plan(pipe, {"lane": lane(), "one": one, "two": two})
+    apart = plan(pipe, {"lane": lane(), "one": one, "two": two})
+    assert [sorted(e.steps) for e in apart.edits] == [[0, 1], [2, 3]]
     one, two = summed(), summed()
     one.select, two.select = {"block": ["double"]}, {"block": ["single"]}
-    plan(pipe, {"lane": lane(), "one": one, "two": two})
+    first, second = plan(pipe, {"lane": lane(), "one": one, "two": two}).edits
+    assert not first.sites & second.sites
     joined = summed()
     joined.options = joined.options | {"how": "join"}
-    plan(pipe, {"lane": lane(), "one": summed(), "two": joined})
+    both = plan(pipe, {"lane": lane(), "one": summed(), "two": joined})
+    assert [e.how for e in both.edits] == ["sum", "join"]
 
 
 def test_attending_to_a_lane_that_nobody_declares_is_refused(pipe):
