@@ -225,10 +225,26 @@ def insertion_table(rows: list[Row]) -> str:
                 f"{fmean(j['literal'] for j in judged):.1f}",
             )
         )
+    bound = fmean(elsewhere(item, i) for i, item in enumerate(quality.insertion_items(len(rows))))
+    lines.append(("the true object, elsewhere", "–", "–", "–", "99.0", f"{bound:.1f}"))
     lines.append(("chance (the object at a random place)", f"{chance:.3f}", "–", "–", "–", "–"))
     head = ("method", "affordance", "inclusion", "inclusion, held-out pairs")
     head += ("background PSNR, dB", "outside the true footprint alone")
     return f"{table(head, lines)}\n\nOptions other than the defaults: `{options()}`."
+
+
+def elsewhere(item: quality.InsertionItem, seed: int) -> float:
+    """What a perfect insertion at another place reaches in the last column: the true object with
+    its shadow at a random place of its row, every other pixel the input's."""
+    source = pixels(item.picture)
+    target = torch.from_numpy(world.render(item.target, item.picture.width).image.copy())
+    footprint = torch.from_numpy(item.footprint)
+    columns = np.flatnonzero(item.footprint.any(0))
+    right = item.footprint.shape[1] - columns.max()
+    shift = int(np.random.default_rng(seed).integers(-columns.min(), right))
+    moved = torch.roll(target.permute(2, 0, 1)[None] / 255, shift, 3)
+    pasted = torch.where(torch.roll(footprint, shift, 1), moved, source)
+    return psnr(pasted, source, ~footprint)
 
 
 def share(hits: list[bool]) -> str:
