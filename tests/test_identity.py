@@ -1,10 +1,13 @@
 """With no plugin, latents and pictures are bit-identical to the stock pipelines."""
 
+import json
+
 import diffusers
 import pytest
 import torch
 
 import inlay
+import inlay_toybox
 from models import conds, flux, stable_diffusion
 
 SD_SCHEDULERS = [
@@ -71,3 +74,22 @@ def test_flux_is_bit_identical(scheduler, true_cfg, n, size):
 
 def test_schedulers_of_the_matrix_exist():
     assert all(hasattr(diffusers, name) for name in SD_SCHEDULERS + FLOW_SCHEDULERS)
+
+
+@pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS)
+@pytest.mark.parametrize("true_cfg", [1.0, 3.0])
+def test_the_shipped_model_is_bit_identical(scheduler, true_cfg):
+    """toybox/flux from its name, prompts encoded by itself, against stock from_pretrained."""
+    folder = inlay_toybox.path("flux")
+    session = inlay.Session("toybox/flux", scheduler=scheduler, device="cpu")
+    prompt = {"edit": "a red bus on the road", "negative": ""}
+    ours = session.run(prompt, guidance=1.0, true_cfg=true_cfg, steps=4, seed=3)
+    pipe = diffusers.FluxPipeline.from_pretrained(folder)
+    pipe.scheduler = session.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    settings = json.loads((folder / "settings.json").read_text())
+    settings |= {"num_inference_steps": 4, "true_cfg_scale": true_cfg, "guidance_scale": 1.0}
+    for kind, made in (("latent", ours.latents["edit"]), ("pt", ours.images["edit"])):
+        generator = torch.Generator().manual_seed(3)
+        stock = pipe(prompt["edit"], **settings, generator=generator, output_type=kind).images
+        assert torch.equal(made, stock)
