@@ -8,6 +8,8 @@ READY := .venv/.ready
 ARGS ?=
 # Tiny models gain nothing from threads, and on a busy machine threads wait for each other.
 export OMP_NUM_THREADS ?= 1
+# sam2's optional CUDA extension is not worth a compiler.
+export SAM2_BUILD_CUDA ?= 0
 
 .PHONY: demo test test-goldens bench quality lint clean
 

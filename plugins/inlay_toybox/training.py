@@ -1,5 +1,5 @@
-"""What the three recipes share: a clock, a schedule, optimisers, an average of the weights, a
-log.
+"""What the recipes share: one training loop with its clock, schedule, optimisers, average of the
+weights and log, and batches of rendered scenes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,6 +150,73 @@ def load_state(folder: Path, average: Average) -> tuple[int, float]:
     state = json.loads((folder / "state.json").read_text())
     average.step = state["average"]
     return state["step"], state["elapsed"]
+
+
+def fit(
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[int], torch.Tensor],
+    out: Path,
+    minutes: float,
+    resume: bool = False,
+    seed: int = 0,
+    muon: float = 0.02,
+    adamw: float = 1e-3,
+    clip: float = 1.0,
+    keep: float = 0.998,
+    report_every: int = 100,
+    preview: Callable[[], None] | None = None,
+) -> int:
+    """The loop of every recipe: train until ``minutes`` are spent, then leave the averaged weights
+    in place.
+
+    Args:
+        modules: what is trained, by the name its weights have in the state.
+        loss_of: the loss (a scalar) of the step with this number, autocast included.
+        out: folder of state and loss curve.
+        minutes: wall-clock budget of the whole schedule, resumed parts counted in.
+        resume: go on from the state in ``out`` when there is one.
+        seed: of torch's global generator, with the step at which this run begins added.
+        muon, adamw: rates of the hidden matrices and of everything else.
+        clip: largest norm of the gradient.
+        keep: decay of the average.
+        report_every: steps between two lines of the log and two writes of the state.
+        preview: draws samples; called with the averaged weights in place, every fifth report and
+            at the end.
+
+    Returns:
+        The number of steps taken so far, earlier runs counted in.
+    """
+    average = Average(modules, keep)
+    step, spent = load_state(out, average) if resume else (0, 0.0)
+    torch.manual_seed(seed + step)
+    named = [
+        (f"{prefix}.{name}", parameter)
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    optimisers = Optimisers(named, muon, adamw)
+    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
+    while clock.done < 1:
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_([parameter for _, parameter in named], clip)
+        optimisers.step(learning_rate(clock.done, step - begun))
+        average.update()
+        log.add(float(loss.detach()))
+        step += 1
+        if step % report_every == 0:
+            log.report(step, clock.elapsed)
+            save_state(out, average, step, clock.elapsed)
+        if preview and step % (5 * report_every) == 0:
+            average.swap()
+            preview()
+            average.swap()
+    save_state(out, average, step, clock.elapsed)
+    average.swap()
+    if preview:
+        preview()
+    return step
 
 
 class Log:

@@ -1,0 +1,1 @@
+"""The harness: tasks, metrics and reports that compare editing methods."""
