@@ -13,10 +13,11 @@ from diffusers import FluxPipeline
 from torch import nn
 
 import inlay_toybox
-from inlay_toybox import quality, text, train_distil, train_flux, training, world
+from inlay_toybox import quality, text, training, world
 from inlay_toybox.classes import NAMES
 from inlay_toybox.cli import main
 from inlay_toybox.detector import Detector, iou
+from inlay_toybox.recipes import distil, flux
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_intersection_over_union_of_boxes():
 def test_packed_latents_hold_two_by_two_squares(pipe):
     images = training.batch(range(2), 64).images
     with torch.no_grad():
-        packed = train_flux.encode(pipe.vae, images)
+        packed = flux.encode(pipe.vae, images)
         latents = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
     latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     squares = latents.view(2, 8, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5)
@@ -132,17 +133,16 @@ def test_packed_latents_hold_two_by_two_squares(pipe):
 @pytest.fixture
 def short_previews(monkeypatch):
     """Two pictures instead of 24."""
-    short = functools.partial(train_flux.preview, n=2)
-    monkeypatch.setattr(train_flux, "preview", short)
-    monkeypatch.setattr(train_distil, "preview", short)
+    short = functools.partial(flux.preview, n=2)
+    monkeypatch.setattr(flux, "preview", short)
+    monkeypatch.setattr(distil, "preview", short)
 
 
 @pytest.mark.usefixtures("short_previews")
 @pytest.mark.parametrize("name", ["vae", "detector", "flux"])
 def test_resume_trains_the_shipped_weights_further(name, tmp_path, monkeypatch):
     """A few steps from the shipped weights alone, then a few more from the folder they left."""
-    train = train_flux.train
-    monkeypatch.setattr(train_flux, "train", lambda *a, **k: train(*a, **k | {"scenes": 96}))
+    monkeypatch.setattr(flux, "train", functools.partial(flux.train, scenes=96))
     order = ["train", name, "--resume", "--device", "cpu", "--out", str(tmp_path)]
     assert main([*order, "--minutes", "0.02"]) == 0
     first = json.loads((tmp_path / "state.json").read_text())
@@ -154,11 +154,11 @@ def test_resume_trains_the_shipped_weights_further(name, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("short_previews")
 def test_distillation_starts_at_the_teacher_and_writes_its_settings(tmp_path):
-    folder = train_distil.train(
+    folder = distil.train(
         0.02,
         tmp_path,
         torch.device("cpu"),
-        inlay_toybox.path("flux"),
+        teacher=inlay_toybox.path("flux"),
         batch_size=8,
         scenes=32,
         report_every=1,
@@ -173,7 +173,7 @@ def test_distillation_starts_at_the_teacher_and_writes_its_settings(tmp_path):
 
 def test_a_recipe_without_an_autoencoder_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="autoencoder first"):
-        train_flux.train(0.01, tmp_path, torch.device("cpu"))
+        flux.train(0.01, tmp_path, torch.device("cpu"))
 
 
 def test_mistakes_on_the_command_line_end_with_code_2(tmp_path, capsys):

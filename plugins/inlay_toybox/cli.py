@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-RECIPES = ("vae", "flux", "distil", "detector")
+from inlay_toybox.recipes import RECIPES, accepted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--out", type=Path, default=Path("sheet.png"))
     render.add_argument("--captions", action="store_true", help="print the captions as well")
     train = verbs.add_parser("train", help="train a model, or train it further")
-    train.add_argument("name", choices=RECIPES)
+    train.add_argument("name", choices=list(RECIPES))
     train.add_argument(
         "--minutes", type=float, default=60.0, help="wall-clock budget of the whole schedule"
     )
@@ -50,32 +50,23 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from inlay_toybox import path, train_detector, train_distil, train_flux, train_vae, training
+    from inlay_toybox import path, training
 
     out = args.out or Path("outputs/toybox") / args.name
     device = training.pick_device(args.device)
     accelerated = device.type == "cuda"
-    size = args.size or (128 if accelerated else 64)
-    vae = args.vae or path("flux") / "vae"
-    batch = 256 if accelerated else 48
-    if args.name == "vae":
-        start = path("flux") / "vae" if args.resume else None
-        folder = train_vae.train(args.minutes, out, device, size, args.resume, start)
-    elif args.name == "flux":
-        start = path("flux") if args.resume else None
-        compiled = args.minutes > 20
-        folder = train_flux.train(
-            args.minutes, out, device, size, args.resume, start, vae, batch, compiled=compiled
-        )
-    elif args.name == "distil":
-        teacher = path("flux")
-        folder = train_distil.train(
-            args.minutes, out, device, teacher, size, args.resume, batch_size=batch
-        )
-    else:
-        start = path("detector") if args.resume else None
-        folder = train_detector.train(args.minutes, out, device, args.resume, start, vae)
-    print(folder)
+    recipe = RECIPES[args.name]
+    train = recipe.load()
+    offered = {
+        "size": args.size or (128 if accelerated else 64),
+        "start": recipe.model if args.resume else None,
+        "resume": args.resume,
+        "vae": args.vae or path("flux") / "vae",
+        "compiled": args.minutes > 20,
+    }
+    if accelerated:
+        offered["batch_size"] = 256
+    print(train(args.minutes, out, device, **accepted(train, offered)))
 
 
 def _quality(args: argparse.Namespace) -> None:

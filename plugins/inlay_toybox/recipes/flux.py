@@ -3,8 +3,8 @@ encoders.
 
 Scenes are rendered and encoded once into a cache of latents; text encoders and transformer are
 trained together on the rectified-flow loss, with objects weighted, captions dropped one time in
-ten, and a random guidance embedding (which therefore means nothing until ``train_distil`` gives it
-a meaning).
+ten, and a random guidance embedding (which therefore means nothing until ``recipes.distil`` gives
+it a meaning).
 """
 
 from __future__ import annotations

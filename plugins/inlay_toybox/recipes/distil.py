@@ -15,8 +15,8 @@ import torch
 from diffusers import FluxPipeline
 from torch import nn
 
-from inlay_toybox import training
-from inlay_toybox.train_flux import (
+from inlay_toybox import path, training
+from inlay_toybox.recipes.flux import (
     GUIDANCE,
     OBJECT_WEIGHT,
     Cache,
@@ -38,9 +38,9 @@ def train(
     minutes: float,
     out: Path,
     device: torch.device,
-    teacher: Path,
     size: int = 64,
     resume: bool = False,
+    teacher: Path | None = None,
     cache: Cache | None = None,
     batch_size: int = 48,
     scenes: int = 60_000,
@@ -52,9 +52,9 @@ def train(
         minutes: wall-clock budget of the whole schedule.
         out: folder for state, loss curve and sample grid; the model is written to ``out/flux``.
         device: where to train.
-        teacher: the trained pipeline, in the stock layout.
         size: side of the pictures in pixels.
         resume: go on from ``out``.
+        teacher: the trained pipeline, in the stock layout; the shipped one by default.
         cache: encoded scenes; made in ``out`` by default.
         batch_size: scenes per step.
         scenes: size of the cache.
@@ -64,7 +64,7 @@ def train(
         The pipeline's folder.
     """
     torch.manual_seed(2)
-    pipe = FluxPipeline.from_pretrained(teacher).to(device)
+    pipe = FluxPipeline.from_pretrained(teacher or path("flux")).to(device)
     model = Model(pipe, size // 8).to(device)
     fixed = copy.deepcopy(model).requires_grad_(False)
     model.clip.requires_grad_(False)
