@@ -262,6 +262,23 @@ class Log:
         image.save(self.file.with_suffix(".png"))
 
 
+def export_log(out: Path, folder: Path, rows: int = 300) -> None:
+    """Ship the loss curve of a run beside its weights: ``out/loss.csv`` as ``folder/training.csv``
+    (step, seconds, loss), neighbours averaged until there are no more than ``rows``.
+    """
+    with (out / "loss.csv").open() as lines:
+        table = np.array([[float(v) for v in row.values()] for row in csv.DictReader(lines)])
+    parts = np.array_split(table, min(rows, len(table))) if len(table) else []
+    partial = folder / "training.csv.partial"
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "seconds", "loss"])
+        for part in parts:
+            step, seconds, loss = part[-1, 0], part[-1, 1], part[:, 2].mean()
+            writer.writerow([int(step), round(seconds, 1), round(loss, 6)])
+    partial.replace(folder / "training.csv")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rendered scenes. images: float32 ``[b, 3, s, s]`` in 0..1; objects: float32 ``[b, 1, s,
