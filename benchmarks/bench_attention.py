@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from pairs import ratio, report
 
-from inlay.edits import AttnEdits, SiteProgram
-from inlay.events import Probe, Rows
+from inlay_attention import AttnEdits, Probe, Rows, SiteProgram
 
 HEADS, WIDTH, TEXT, TOKENS = 24, 128, 256, 1024
 GAMMA = 1.05

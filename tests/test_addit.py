@@ -20,8 +20,8 @@ from inlay import (
     Window,
     hookimpl,
 )
-from inlay.edits import SiteProgram
 from inlay.plan import Draft, Request
+from inlay_attention import SiteProgram
 from inlay_config import images
 from inlay_config.config import Experiment, Prompt
 from inlay_plugins import masks

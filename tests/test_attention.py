@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 import inlay
 from inlay import SeamMissed
-from inlay.attention import Seam, attention_modules
 from inlay.backbones import adapt
+from inlay_attention import Seam, attention_modules
 from models import conds, flux, stable_diffusion
 from spies import Editor, plugin
 

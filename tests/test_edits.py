@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlay import InputError, PluginError
-from inlay.edits import AttnEdits, SiteProgram
-from inlay.events import Probe, Rows
+from inlay_attention import AttnEdits, Probe, Rows, SiteProgram
 
 TEXT, IMAGE, HEADS, WIDTH = 3, 5, 2, 4
 TOKENS = TEXT + IMAGE
@@ -39,7 +38,11 @@ class Site:
         self.store = {}
 
     def edits(self):
-        allowed = {(p, op, target, o.get("from_", "")) for p, op, target, _, o in self.named()}
+        allowed = {
+            (p, op, target, from_)
+            for p, op, target, _, o in self.named()
+            for from_ in self.from_of(op, o)
+        }
         edits = AttnEdits(frozenset(allowed), "a test", tuple(self.rows))
         for plugin, op, target, queries, options in self.named():
             edits.owner = plugin
@@ -50,6 +53,11 @@ class Site:
         for op, target, queries, options in self.ops:
             options = dict(options)
             yield options.pop("plugin", "p"), op, target, queries, options
+
+    def from_of(self, op, options):
+        """What a declaration of this operation says it takes from."""
+        taken = [options.get(key, "") for key in ("from_", "qk", "kv")]
+        return [lane for lane in taken if lane] or [""]
 
     def program(self):
         named = {key: SPANS[key] for key in ("text", "image")}
@@ -87,39 +95,83 @@ class Site:
             for _, op, target, queries, options in self.named()
             if target in (branch, lane) and queries in ("all", span)
         ]
-        q, own_v = self.q[rows, :, query], v[rows].clone()
-        logits = torch.einsum("b h d, b h n d -> b h n", q, k[rows]) / math.sqrt(WIDTH)
+
+        def twin(lane):
+            there = f"{lane}/{role}"
+            return self.slices[there if there in self.slices else f"{lane}/text"]
+
+        def logits_of(keys_from, q, at=slice(None), gain=1.0):
+            """Scaled products and mask of the keys of these rows, in full."""
+            products = torch.einsum(
+                "b h d, b h n d -> b h n", q, k[keys_from][:, :, at].expand(n, -1, -1, -1)
+            )
+            return products / math.sqrt(WIDTH) * gain
+
+        n = rows.stop - rows.start
+        routes = {key: twin(lane) for op, o in acting if op == "route" for key, lane in o.items()}
+        asks, tells = routes.get("qk", rows), routes.get("kv", rows)
+        keyed = asks if "qk" in routes else tells
+        q = self.q[asks, :, query].expand(n, -1, -1)
+        own_v = v[tells].expand(n, -1, -1, -1).clone()
+        logits = logits_of(keyed, q)
         added, extra_v = [], []
-        mine = self._mask(rows, query)
         for op, o in acting:
-            if op == "append":
-                from_ = f"{o['from_']}/{role}"
-                source = self.slices[from_ if from_ in self.slices else f"{o['from_']}/text"]
-                at = SPANS[o["keys"]]
-                theirs = torch.einsum("b h d, b h n d -> b h n", q, k[source][:, :, at])
-                theirs = theirs / math.sqrt(WIDTH) * o.get("gain", 1.0)
-                value = v[source][:, :, at].expand(q.shape[0], -1, -1, -1)
+            if op == "append" and o.get("how") != "side":
+                source, at = twin(o["from_"]), SPANS[o["keys"]]
+                theirs = logits_of(source, q, at, o.get("gain", 1.0))
+                value = v[source][:, :, at].expand(n, -1, -1, -1)
                 if o.get("how") == "sum":
                     logits[..., at] = o.get("own", 1.0) * logits[..., at] + theirs
-                    summed = o.get("own", 1.0) * own_v[:, :, at] + o.get("gain", 1.0) * value
-                    own_v[:, :, at] = summed
+                    own_v[:, :, at] = (
+                        o.get("own", 1.0) * own_v[:, :, at] + o.get("gain", 1.0) * value
+                    )
                 else:
                     added.append(theirs + self._mask(source, query)[..., at])
                     extra_v.append(value)
         for op, o in acting:
             if op == "gain":
                 logits[..., self._at(o["keys"])] *= o["gain"]
-        logits = logits + mine
+        logits = logits + self._mask(keyed, query)
         for op, o in acting:
+            if op == "bias":
+                bias = torch.as_tensor(o["bias"], dtype=torch.float64)
+                within = query - SPANS[self._span_of(o, query)].start if bias.dim() == 2 else None
+                logits[..., self._at(o["keys"])] += bias if within is None else bias[within]
             if op == "scale" and o.get("renorm"):
                 logits[..., self._at(o["keys"])] += math.log(o["weight"])
         p = torch.cat([logits, *added], dim=-1).softmax(-1)
-        weights = torch.ones_like(p)
+        seen, joined = p[..., :TOKENS].clone(), p[..., TOKENS:]
+        for op, o in acting:
+            if op == "identity":
+                seen = torch.eye(TOKENS, dtype=torch.float64)[query].expand_as(seen).clone()
+            if op == "map":
+                at = self._at(o["keys"])
+                seen[..., at] = seen[..., at] @ o["matrix"]
+            if op == "mix":
+                at, other = self._at(o["keys"]), twin(o["from_"])
+                theirs = logits_of(other, self.q[other, :, query].expand(n, -1, -1))
+                theirs = (theirs + self._mask(other, query)).softmax(-1)[..., at]
+                theirs = theirs @ o["matrix"] if o.get("matrix") is not None else theirs
+                alpha = torch.as_tensor(o["alpha"], dtype=torch.float64)
+                seen[..., at] = alpha * theirs + (1 - alpha) * seen[..., at]
         for op, o in acting:
             if op == "scale" and not o.get("renorm"):
-                weights[..., self._at(o["keys"])] *= o["weight"]
+                seen[..., self._at(o["keys"])] *= o["weight"]
         values = torch.cat([own_v, *extra_v], dim=2)
-        return p, torch.einsum("b h m, b h m d -> b h d", p * weights, values)
+        out = torch.einsum("b h m, b h m d -> b h d", torch.cat([seen, joined], -1), values)
+        for op, o in acting:
+            if op == "append" and o.get("how") == "side":
+                source, at = twin(o["from_"]), SPANS[o["keys"]]
+                aside = logits_of(source, q, at) + self._mask(source, query)[..., at]
+                value = v[source][:, :, at].expand(n, -1, -1, -1)
+                aside = torch.einsum("b h m, b h m d -> b h d", aside.softmax(-1), value)
+                out = out + o.get("gain", 1.0) * aside
+        return p, out
+
+    def _span_of(self, options, query):
+        """The span whose first query is row 0 of a bias `n m`."""
+        rows = options["bias"].shape[0]
+        return "all" if rows == TOKENS else "text" if rows == TEXT else "image"
 
     def _mask(self, rows, query):
         if self.mask is None:
@@ -185,6 +237,138 @@ def test_a_branch_can_be_edited_alone():
     null, text = site.slices["edit/null"], site.slices["edit/text"]
     assert torch.equal(site.run()[null], plain[null])
     assert not torch.allclose(site.run()[text], plain[text])
+
+
+MATRIX = torch.rand(3, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("queries", ["all", "text", "image"])
+@pytest.mark.parametrize(("qk", "kv"), [("source", ""), ("", "source"), ("source", "source")])
+def test_route_takes_the_map_or_the_content_of_another_lane(qk, kv, queries):
+    options = {key: lane for key, lane in (("qk", qk), ("kv", kv)) if lane}
+    assert_exact(Site([("route", "edit", queries, options)], mask=MASKS["rows"]))
+
+
+@pytest.mark.parametrize("keys", ["text", (0, 1, 2)])
+def test_map_moves_attention_between_keys(keys):
+    assert_exact(Site([("map", "edit", "all", {"keys": keys, "matrix": MATRIX})]))
+
+
+@pytest.mark.parametrize("alpha", [0.3, torch.tensor([0.0, 0.5, 1.0]).double()])
+@pytest.mark.parametrize("matrix", [None, MATRIX])
+def test_mix_blends_two_maps_key_by_key(alpha, matrix):
+    options = {"from_": "source", "keys": "text", "alpha": alpha, "matrix": matrix}
+    scaled = ("scale", "edit", "all", {"keys": (1,), "weight": 3.0})
+    assert_exact(Site([("mix", "edit", "image", options), scaled], mask=MASKS["rows"]))
+
+
+def test_mix_of_nothing_is_the_own_map_and_of_everything_the_other():
+    own, other = (
+        Site([("mix", "edit", "all", {"from_": "source", "keys": "all", "alpha": a})]).run()
+        for a in (0.0, 1.0)
+    )
+    torch.testing.assert_close(own, Site().run(), rtol=0, atol=1e-14)
+    routed = Site([("route", "edit", "all", {"qk": "source"})]).run()
+    torch.testing.assert_close(other, routed, rtol=0, atol=1e-14)
+
+
+BIASES = {
+    "number": (1.5, "all", "all"),
+    "keys": (torch.tensor([0.5, -1.0, 2.0]).double(), "all", "text"),
+    "queries and keys": (torch.arange(15.0).double().view(5, 3) / 7, "image", "text"),
+    "closed": (torch.tensor([0.0, -math.inf, 0.0]).double(), "image", "text"),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("mask", ["none", "rows", "full"])
+def test_bias_is_added_to_logits(bias, mask):
+    value, queries, keys = BIASES[bias]
+    assert_exact(Site([("bias", "edit", queries, {"keys": keys, "bias": value})], mask=MASKS[mask]))
+
+
+@pytest.mark.parametrize("keys", ["all", "text", "image"])
+def test_append_aside_adds_a_second_softmax(keys):
+    options = {"from_": "source", "keys": keys, "gain": 0.6, "how": "side"}
+    assert_exact(Site([("append", "edit", "image", options)], mask=MASKS["rows"]))
+
+
+def test_identity_gives_every_query_its_own_value():
+    site = Site([("identity", "edit", "image", {})])
+    assert_exact(site)
+    rows = site.slices["edit/text"]
+    assert torch.equal(site.run()[rows, :, TEXT:], site.v[rows, :, TEXT:])
+
+
+def test_patch_replaces_attention_for_one_branch():
+    def doubled(q, k, v, mask, attend):
+        return 2 * attend(q, k, v, mask)
+
+    plain = Site().run()
+    site = Site([("patch", "edit/text", "all", {"function": doubled})])
+    rows = site.slices["edit/text"]
+    torch.testing.assert_close(site.run()[rows], 2 * plain[rows], rtol=0, atol=1e-14)
+    assert torch.equal(site.run()[: rows.start], plain[: rows.start])
+
+
+def test_keys_and_values_may_be_given():
+    """What no row of the call holds: an exemplar's tokens, a stored trajectory."""
+    g = torch.Generator().manual_seed(9)
+    k, v = (torch.randn(1, HEADS, 4, WIDTH, generator=g, dtype=torch.float64) for _ in "kv")
+    site = Site([("append", "edit", "all", {"from_": "store:dog", "gain": 0.9})])
+    program = site.program()
+    program.given = {"store:dog": (k, v)}
+    out = program(F.scaled_dot_product_attention, site.q, site.k, site.v)
+    rows = site.slices["edit/text"]
+    keys, values = (
+        torch.cat([a[rows], b.expand(2, -1, -1, -1)], 2)
+        for a, b in ((site.k, 0.9 * k), (site.v, v))
+    )
+    maps = (site.q[rows] @ keys.transpose(2, 3) / math.sqrt(WIDTH)).softmax(-1)
+    torch.testing.assert_close(out[rows], maps @ values, rtol=0, atol=1e-12)
+
+
+def test_padding_of_the_shorter_prompt_is_never_seen():
+    """Branches with one and three words in one call: the shorter one reads as if it were alone."""
+    site = Site()
+    program = site.program()
+    program.lengths = {"source/text": 1, "edit/null": 3, "edit/text": 2}
+    out = program(F.scaled_dot_product_attention, site.q, site.k, site.v)
+    for branch, length in program.lengths.items():
+        rows, real = site.slices[branch], [*range(length), *range(TEXT, TOKENS)]
+        q, k, v = (t[rows][:, :, real] for t in (site.q, site.k, site.v))
+        alone = F.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(out[rows][:, :, real], alone, rtol=0, atol=1e-12)
+
+
+def counted(site):
+    """(queries, keys) of every SDPA call that a site makes."""
+    calls = []
+
+    def sdpa(q, k, v, mask=None, **options):
+        calls.append((q.shape[0], q.shape[2], k.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+    site.program()(sdpa, site.q, site.k, site.v, site.mask)
+    return calls
+
+
+def test_edits_that_keep_the_shape_share_one_call():
+    """Replaced, scaled, gained and plain rows: four rows, one call."""
+    ops = [
+        ("route", "edit/null", "all", {"qk": "source"}),
+        ("scale", "edit/text", "all", {"keys": "text", "weight": 2.0}),
+        ("gain", "edit/text", "all", {"keys": "image", "gain": 1.1}),
+    ]
+    assert counted(Site(ops)) == [(4, TOKENS, TOKENS)]
+    assert_exact(Site(ops))
+
+
+def test_both_branches_of_an_extended_lane_share_one_call():
+    joined = ("append", "edit", "all", {"from_": "source", "keys": "image"})
+    assert counted(Site([joined])) == [(1, TOKENS, TOKENS), (3, TOKENS, TOKENS + IMAGE)]
+    mixed = ("mix", "edit", "all", {"from_": "source", "keys": "text", "alpha": 0.5})
+    assert counted(Site([mixed])) == [(7, TOKENS, TOKENS)]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -258,7 +442,59 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+def edit_of(op, **options):
+    """Strategy of one operation on a lane or branch of the edit, by some of its queries."""
+    return st.tuples(
+        st.just(op),
+        st.sampled_from(["edit", "edit/text", "edit/null"]),
+        st.sampled_from(["all", "text", "image"]),
+        st.fixed_dictionaries({"plugin": st.sampled_from("abc"), **options}),
+    )
+
+
+SOURCE, PARTS = st.just("source"), st.sampled_from(["text", (0, 2), (1,)])
+SQUARE = {"text": 3, (0, 2): 2, (1,): 1}
+exclusive = st.one_of(  # of these, one per query: the conflict table refuses two
+    edit_of("map", keys=PARTS),
+    edit_of("mix", from_=SOURCE, keys=PARTS, alpha=st.floats(0, 1)),
+    edit_of("mix", from_=SOURCE, keys=st.just("all"), alpha=st.floats(0, 1)),
+)
+further = st.one_of(
+    operations,
+    edit_of("bias", keys=st.sampled_from(KEYS), bias=st.floats(-2, 2)),
+    edit_of(
+        "append",
+        from_=SOURCE,
+        keys=st.sampled_from(["all", "text", "image"]),
+        gain=st.floats(0.2, 2),
+        how=st.just("side"),
+    ),
+)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    ops=st.lists(further, max_size=5),
+    alone=st.none() | exclusive,
+    qk=st.none() | edit_of("route", qk=SOURCE),
+    kv=st.none() | edit_of("route", kv=SOURCE),
+    mask=st.sampled_from(sorted(set(MASKS) - {"causal"})),  # a second softmax needs a key to see
+    seed=st.integers(0, 5),
+)
+def test_random_combinations_of_the_whole_algebra(ops, alone, qk, kv, mask, seed):
+    if alone and "keys" in alone[3] and alone[3]["keys"] in SQUARE:
+        g = torch.Generator().manual_seed(seed)
+        m = SQUARE[alone[3]["keys"]]
+        matrix = torch.rand(m, m, generator=g, dtype=torch.float64)
+        alone = (*alone[:3], alone[3] | {"matrix": matrix})
+    site = Site([*ops, *filter(None, (alone, qk, kv))], mask=MASKS[mask], seed=seed)
+    site.probes = [("columns", "edit/text", "columns", (0, 2)), ("rows", "edit/text", "rows", (1,))]
+    expected, maps = site.explicit()
+    torch.testing.assert_close(site.run(), expected, rtol=0, atol=1e-11)
+    check_probes(site, maps)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     ops=st.lists(operations, max_size=6),
     summed=st.none() | st.floats(0.2, 2),

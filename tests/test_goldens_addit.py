@@ -11,10 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from safetensors.torch import load_file
 
 from inlay import AttnEdits, AttnSite, Needs, Plugin, Rows, Session, hookimpl
-from inlay.attention import Seam
-from inlay.edits import SiteProgram
-from inlay.events import Probe
 from inlay.plan import Draft, Request
+from inlay_attention import Probe, Seam, SiteProgram
 from inlay_plugins import masks
 from inlay_plugins.source_trajectory import SourceTrajectory
 from inlay_plugins.subject_mask import SubjectMask

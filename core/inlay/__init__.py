@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inlay_attention import AttnEdits, Rows  # isort: skip
     from inlay_config.errors import ConfigError, InlayError, InputError, ModelError  # isort: skip
     from inlay_config.errors import PlanConflict, PluginError, SeamMissed  # isort: skip
 
     from .backbones.schedulers import tabulate
     from .cli.experiment import run
-    from .edits import AttnEdits
-    from .events import AttnSite, Cond, Lane, Plugin, Result, Rows, Step, Window
+    from .events import AttnSite, Cond, Lane, Plugin, Result, Step, Window
     from .frames import Frame
     from .hookspecs import hookimpl
     from .plan import Needs, Plan
@@ -24,11 +24,11 @@ __all__ = [
     "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
     "SeamMissed", "Session", "Step", "Window", "hookimpl", "run", "tabulate",
 ]  # fmt: skip
-HOMES = "hookspecs frames events edits plan session backbones.schedulers cli.experiment"
+HOMES = "hookspecs frames events plan session backbones.schedulers cli.experiment"
 
 
 def __getattr__(name: str) -> Any:
-    homes = ["inlay_config.errors", *(f"inlay.{home}" for home in HOMES.split())]
+    homes = ["inlay_config.errors", "inlay_attention", *(f"inlay.{home}" for home in HOMES.split())]
     for home in homes if name in __all__ else ():
         if name in (names := vars(import_module(home))):
             return names[name]

@@ -6,7 +6,7 @@ Shapes: `b` pictures of a lane, `R` rows of one model call, `h` heads, `n` token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from inlay_attention import Rows as Rows  # of one model call; named by the hooks
 from inlay_config import images, manifest
 from inlay_config.errors import ConfigError
 
@@ -21,8 +22,6 @@ from .frames import Frame
 
 if TYPE_CHECKING:
     from .board import Board
-
-Span = Literal["all", "text", "image"]
 
 
 class Plugin:
@@ -123,21 +122,6 @@ class AttnSite:
     scale: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A declared reading of attention probabilities, averaged over heads, of `branch` at `sites`.
-    columns: P[image rows, tokens of word] `b n t`; rows: P[tokens of word, image columns] `b t n`.
-    """
-
-    name: str
-    plugin: str
-    branch: str
-    read: Literal["columns", "rows"]
-    sites: frozenset[str]
-    steps: frozenset[int]
-    word: str | tuple[int, ...]
-
-
 @dataclass
 class Cond:
     """An encoded prompt: embeds `1 t c`, pooled `1 c` or None, and the text piece of each row."""
@@ -205,30 +189,6 @@ class Step:
     @property
     def next_frame(self) -> Frame:
         return self.frame_at(self.eval + 1)
-
-
-class Rows(dict[str, slice]):
-    """Rows of one model call by branch: nobody counts them by hand."""
-
-    @classmethod
-    def of(cls, counts: Mapping[str, int]) -> Rows:
-        rows, start = cls(), 0
-        for branch, n in counts.items():
-            rows[branch], start = slice(start, start + n), start + n
-        return rows
-
-    def runs(self, edited: Mapping[str, Any]) -> Iterator[tuple[slice, str | None]]:
-        """Batch order: (rows, branch) of an edited branch, (rows, None) of a run of others."""
-        begin = end = 0
-        for branch, rows in self.items():
-            if branch in edited:
-                if begin < rows.start:
-                    yield slice(begin, rows.start), None
-                yield rows, branch
-                begin = rows.stop
-            end = rows.stop
-        if begin < end:
-            yield slice(begin, end), None
 
 
 @dataclass

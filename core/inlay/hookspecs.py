@@ -8,8 +8,9 @@ import pluggy
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .edits import AttnEdits
-    from .events import AttnSite, Result, Rows, Step
+    from inlay_attention import AttnEdits, Rows
+
+    from .events import AttnSite, Result, Step
     from .plan import Needs
     from .session import Run
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .attention import Seam
+from inlay_attention import AttnEdits, Rows, Seam, SiteProgram, cat
+
 from .backbones import schedulers
-from .edits import AttnEdits, SiteProgram, cat
-from .events import Rows, Step
+from .events import Step
 from .guidance import cfg
 
 if TYPE_CHECKING:

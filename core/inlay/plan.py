@@ -9,10 +9,10 @@ from functools import cached_property
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, Literal
 
+from inlay_attention import Op, Probe, lane_of
 from inlay_config.errors import ConfigError, PlanConflict
 
-from .edits import Op, lane_of
-from .events import AttnSite, Branch, Lane, Plugin, Probe, Window
+from .events import AttnSite, Branch, Lane, Plugin, Window
 
 if TYPE_CHECKING:
     from .backbones import Backbone

@@ -13,12 +13,12 @@ import pluggy
 import torch
 from torch import Tensor
 
+from inlay_attention import Seam
 from inlay_config import config, images, registry
 from inlay_config.config import Experiment
 from inlay_config.errors import ModelError, PluginError
 
 from . import backbones, hookspecs
-from .attention import Seam
 from .backbones import schedulers, text
 from .board import Board
 from .events import Cond, Lane, Plugin, Result

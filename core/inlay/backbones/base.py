@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay_attention import attention_modules
 from inlay_config.errors import ConfigError, ModelError
 
-from ..attention import attention_modules
 from ..events import AttnSite, Branch, Cond
 
 Size = tuple[int, int]

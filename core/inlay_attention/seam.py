@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from inlay_config.errors import SeamMissed
 
-from .edits import SiteProgram
+from .lowering import SiteProgram
 
 _local = threading.local()  # .running: (seam, site) of this thread, and nothing else
 _lock = threading.Lock()

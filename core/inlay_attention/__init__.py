@@ -1,0 +1,14 @@
+"""Edits of attention as data, and the seam through which they reach any model that calls SDPA.
+
+Knows nothing of plugins, plans or loops: `AttnEdits` collects edits by branch, `SiteProgram` lowers
+those of one site to fused calls, `Seam` runs programs inside an unmodified model.
+"""
+
+from .algebra import AttnEdits, Edit, Keys, Op, Pair, Probe, Rows, Span, lane_of
+from .lowering import SiteProgram, cat
+from .seam import Seam, attention_modules
+
+__all__ = [
+    "AttnEdits", "Edit", "Keys", "Op", "Pair", "Probe", "Rows", "Seam", "SiteProgram", "Span",
+    "attention_modules", "cat", "lane_of",
+]  # fmt: skip
