@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pairs import ratio, report
 
-from inlay_attention import AttnEdits, Probe, Rows, SiteProgram
+from inlay_attention import AttnEdits, Key, Probe, Rows, SiteProgram
 
 HEADS, WIDTH, TEXT, TOKENS = 24, 128, 256, 1024
 GAMMA = 1.05
@@ -24,7 +24,7 @@ def tensors(tokens, rows=2, seed=0):
 def program(probe, tokens=TOKENS, text=TEXT):
     """Weighted extended attention as a plugin emits it (Add-it, eq. 2), optionally with a probe."""
     branches = ("source/text", "edit/text")
-    allowed = {("p", "gain", "edit", ""), ("p", "append", "edit", "source")}
+    allowed = {Key("p", "gain", "edit"), Key("p", "append", "edit", "source", "join")}
     edits = AttnEdits(frozenset(allowed), "a benchmark", branches, "p")
     edits.on("edit").gain("all", GAMMA).append("source", "image")
     probes = [Probe("w", "p", "edit/text", "columns", frozenset("s"), frozenset({0}), WORDS)]

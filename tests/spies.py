@@ -79,9 +79,11 @@ class Editor(Plugin):
     @hookimpl
     def inlay_declare(self, need):
         sites = need.select(**self.select)
-        from_ = self.options.get("from_", "")
-        how = self.options.get("how", "join")
-        need.edit(self.op, self.target, sites, self.active, from_=from_, how=how)
+        taken = {key: self.options[key] for key in ("from_", "how") if key in self.options}
+        if self.op == "route":
+            taken = [{"from_": lane, "how": key} for key, lane in self.options.items()]
+        for one in taken if self.op == "route" else [taken]:
+            need.edit(self.op, self.target, sites, self.active, queries=self.queries, **one)
 
     @hookimpl
     def inlay_attention(self, step, site, edits):

@@ -337,7 +337,7 @@ def test_attention_is_the_equation(combine, kind):
     site = AttnSite("site", 0, kind, "single" if text else "up", 0.5, 2, 4)
     request, draft = Request({}, steps=10, size=(32, 32), grid=(8, 8)), Draft()
     plugin.inlay_declare(Needs("w", request, (site,), draft))
-    allowed = frozenset((e.plugin, e.op, e.lane, e.from_) for e in draft.edits)
+    allowed = frozenset(e.key for e in draft.edits)
     rows = Rows.of({"source/text": 1, "edit/text": 2})
     edits = AttnEdits(allowed, "site", tuple(rows), owner="w")
     plugin.inlay_attention(None, SimpleNamespace(progress=0.1), site, edits)

@@ -146,7 +146,7 @@ def test_everything_is_restored_after_an_exception_inside_a_forward(pipe):
 
 
 def attention_is_marked():
-    from inlay import attention
+    from inlay_attention import seam as attention
 
     return getattr(attention._local, "running", None) is not None
 

@@ -180,7 +180,7 @@ def weighted(gamma: float, site: str, rows: Rows, text: int = 512) -> SiteProgra
     request = Request({}, steps=30, size=(128, 128), grid=(8, 8))
     draft = Draft()
     plugin.inlay_declare(Needs("weighted_attention", request, (place,), draft))
-    allowed = frozenset((e.plugin, e.op, e.lane, e.from_) for e in draft.edits)
+    allowed = frozenset(e.key for e in draft.edits)
     edits = AttnEdits(allowed, site, tuple(rows), owner="weighted_attention")
     plugin.inlay_attention(None, SimpleNamespace(progress=0.1), place, edits)
 

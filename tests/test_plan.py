@@ -177,7 +177,7 @@ def summed(**options):
 
 
 def test_two_sums_into_the_same_keys_are_refused(pipe):
-    message = r"site \S+, step 0, lane edit: one and two both sum foreign keys"
+    message = r"site \S+, step 0, lane edit: one \(append sum\) and two "
     with pytest.raises(PlanConflict, match=message):
         plan(pipe, {"lane": lane(), "one": summed(), "two": summed()})
 

@@ -84,9 +84,10 @@ def collect_edits(run: Run, pass_: PassPlan, step: Step) -> dict[str, AttnEdits]
     branches = tuple(b.name for b in pass_.branches if b.lane in step.lanes)
     collected = {}
     for site in run.backbone.sites if run.plan.edits else ():
-        if allowed := run.plan.allowed.get((step.pass_, site.name, step.index)):
+        place = (step.pass_, site.name, step.index)
+        if allowed := run.plan.allowed.get(place):
             where = f"attention, step {step.index}, site {site.name}"
-            edits = AttnEdits(allowed, where, branches)
+            edits = AttnEdits(allowed, where, branches, dropped=run.plan.lost.get(place, ()))
             for edits.owner in sorted({plugin for plugin, *_ in allowed}):
                 ask = run.hook_of("inlay_attention", edits.owner)
                 ask(run=run, step=step, site=site, edits=edits)

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations, product
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from inlay_attention import Op, Probe, lane_of
+from inlay_attention import Key, Op, Probe, lane_of
 from inlay_config.errors import ConfigError, PlanConflict
 
+from .conflicts import DeclaredEdit, settle
 from .events import AttnSite, Branch, Lane, Plugin, Window
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ Active = Window | Iterable[int] | None
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. size, grid: (height, width) px and tokens; inputs: board keys given."""
+    """What was asked for. size, grid: (height, width) px and tokens; inputs: board keys given;
+    resolve: who wins where two edits clash."""
 
     prompt: Mapping[str, str]
     steps: int
@@ -34,20 +36,7 @@ class Request:
     true_cfg: float = 1.0
     inputs: tuple[str, ...] = ()
     skip_dead_rows: bool = True
-
-
-@dataclass(frozen=True)
-class DeclaredEdit:
-    """An edit that `plugin` may emit at `sites` in `steps` of a pass."""
-
-    plugin: str
-    op: Op
-    lane: str
-    sites: frozenset[str]
-    steps: frozenset[int]
-    from_: str = ""
-    how: str = "join"
-    pass_: str = "edit"
+    resolve: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,19 +65,21 @@ class Plan:
     passes: tuple[PassPlan, ...]
     sites: dict[str, tuple[str, ...]]
     edits: tuple[DeclaredEdit, ...]
+    dropped: tuple[DeclaredEdit, ...]
     probes: tuple[Probe, ...]
     publishes: dict[str, str]
     events: dict[str, tuple[str, ...]]
     memory: dict[str, int]
 
     @cached_property
-    def allowed(self) -> dict[tuple[str, str, int], set[tuple[str, str, str, str]]]:
-        """(pass, site, step) -> (plugin, op, lane, from) of the edits that may be emitted there."""
-        table: dict[tuple[str, str, int], set[tuple[str, str, str, str]]] = {}
-        for e in self.edits:
-            for place in product((e.pass_,), e.sites, e.steps):
-                table.setdefault(place, set()).add((e.plugin, e.op, e.lane, e.from_))
-        return table
+    def allowed(self) -> dict[tuple[str, str, int], set[Key]]:
+        """(pass, site, step) -> the edits that may be emitted there."""
+        return by_place((*self.edits, *self.dropped))
+
+    @cached_property
+    def lost(self) -> dict[tuple[str, str, int], set[Key]]:
+        """(pass, site, step) -> the edits that are emitted there and lose to another plugin's."""
+        return by_place(self.dropped)
 
     @property
     def evaluations(self) -> dict[str, int]:
@@ -144,16 +135,17 @@ class Needs:
             self._draft.alive.setdefault((pass_, name), set()).update(self.active(active))
 
     def edit(
-        self, op: Op, lane: str, sites: frozenset[str], active: Active = None, **fields: str
+        self, op: Op, lane: str, sites: frozenset[str], active: Active = None, **fields: Any
     ) -> None:
         """An edit that will be emitted on `lane` (or "lane/role") at `sites` inside `active`;
-        fields: from_, how, pass_ (see DeclaredEdit)."""
+        fields: from_, how (join, sum, side; a route: qk or kv), queries, pass_."""
+        fields = ({"how": "join"} if op == "append" else {}) | fields
         edit = DeclaredEdit(self.owner, op, lane, sites, self.active(active), **fields)
         self._draft.edits.append(edit)
 
     def probe(
         self, name: str, branch: str, word: str | tuple[int, ...], sites: frozenset[str],
-        active: Active = None, read: Literal["columns", "rows"] = "columns",
+        active: Active = None, read: Literal["columns", "rows", "mass"] = "columns",
     ) -> None:  # fmt: skip
         """Attention between `branch`'s picture and `word` of its prompt (or these text tokens),
         found in step.probes[name][site]."""
@@ -221,7 +213,7 @@ def make_plan(
     alive |= {(p.name, b.name): alive[p.name, b.lane] for p in passes for b in p.branches}
     edits = tuple(clip(e, (e.pass_, e.lane), alive) for e in draft.edits)
     probes = tuple(clip(p, ("edit", p.branch), alive) for p in draft.probes)
-    check_sums(edits)
+    edits, dropped = settle(edits, probes, request.resolve)
     acting, sites = (*edits, *probes), dict[str, tuple[str, ...]]()
     for d in acting:
         for site in d.sites - {s.name for s in backbone.sites}:
@@ -231,7 +223,7 @@ def make_plan(
     sites = {name: users for name, users in sites.items() if users}
     rows = max(p.rows(i) for p in passes for i in range(request.steps))
     memory = backbone.memory(request.size, rows, bool(edits), len(probes))
-    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, probes)
+    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, dropped, probes)
     return Plan(*decided, draft.published, events, memory)
 
 
@@ -243,7 +235,7 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         wanted = draft.alive.get((name, lane), () if declared.get("follows") else every)
         alive[lane] = frozenset(wanted)
     for e in draft.edits:  # a lane lives while others attend to it
-        source = lane_of(e.from_)
+        source = "" if ":" in e.from_ else lane_of(e.from_)  # "kind:name": given tensors
         if e.pass_ == name and source and source not in fields:
             problem = f"{e.plugin} attends to lane {source!r}, which nobody declares"
             fix = "Add a plugin that provides it, such as source_trajectory, above."
@@ -272,6 +264,15 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
     return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), solver)
 
 
+def by_place(edits: Iterable[DeclaredEdit]) -> dict[tuple[str, str, int], set[Key]]:
+    """(pass, site, step) -> what is declared there."""
+    table: dict[tuple[str, str, int], set[Key]] = {}
+    for e in edits:
+        for place in product((e.pass_,), e.sites, e.steps):
+            table.setdefault(place, set()).add(e.key)
+    return table
+
+
 def clip(declared: Any, rows: tuple[str, str], alive: dict[tuple[str, str], frozenset[int]]) -> Any:
     """The edit or probe, in the steps in which its lane (or branch) lives."""
     if rows not in alive:
@@ -283,17 +284,6 @@ def clip(declared: Any, rows: tuple[str, str], alive: dict[tuple[str, str], froz
         fix = f"It lives in steps {min(alive[rows], default=None)} and later: read it there."
         raise PlanConflict(problem, where=f"pass {rows[0]}", fix=fix)
     return replace(declared, steps=steps)
-
-
-def check_sums(edits: tuple[DeclaredEdit, ...]) -> None:
-    """Two sums into the same keys do not commute (conflict table: append sum)."""
-    for a, b in combinations([e for e in edits if e.how == "sum"], 2):
-        sites, steps = a.sites & b.sites, a.steps & b.steps
-        if sites and steps and a.plugin != b.plugin and lane_of(a.lane) == lane_of(b.lane):
-            where = f"site {min(sites)}, step {min(steps)}, lane {b.lane}"
-            problem = f"{a.plugin} and {b.plugin} both sum foreign keys into the same ones"
-            fix = "Use how=join for one, or separate their windows or sites."
-            raise PlanConflict(problem, where=where, fix=fix)
 
 
 def check_order(plugins: Mapping[str, Plugin], draft: Draft) -> None:

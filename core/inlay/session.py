@@ -74,8 +74,9 @@ class Session:
     """A pipeline with plugins. pipe: a diffusers pipeline, a folder, a hub name, "toybox/flux".
 
     plugins: name -> options, in execution order; a name is a plugin or a preset, a value may be a
-    live Plugin. skip_dead_rows=False evaluates every lane in every step. Raises ConfigError and
-    ModelError; PlanConflict when a run is planned.
+    live Plugin. skip_dead_rows=False evaluates every lane in every step. resolve: rules {site,
+    winner} for edits that clash. Raises ConfigError and ModelError; PlanConflict when a run is
+    planned.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Session:
         offload: str = "none",
         revision: str | None = None,
         skip_dead_rows: bool = True,
+        resolve: Sequence[Mapping[str, str]] = (),
     ) -> None:
         model, self.folder, self.skip_dead_rows = str(pipe), "", skip_dead_rows
         if isinstance(pipe, str | Path):
@@ -104,6 +106,7 @@ class Session:
         self.plugins = {k: live.get(k) or registry.build(k, v) for k, v in listed.items()}
         self.setup: dict[str, Any] = {"model": model, "revision": revision, "offload": offload}
         self.setup |= {"plugins": options, "scheduler": type(self.scheduler).__name__}
+        self.setup |= {"resolve": [dict(rule) for rule in resolve]}
         self.manager, self._callers = pluggy.PluginManager("inlay"), dict[tuple[str, str], Any]()
         self.manager.add_hookspecs(hookspecs)
         try:
@@ -133,6 +136,7 @@ class Session:
             grid=self.backbone.grid(size),
             inputs=tuple(key for kind in inputs for key in images.BOARD[kind]),
             skip_dead_rows=self.skip_dead_rows,
+            resolve=tuple(asked.resolve),
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
         impls = {event: getattr(self.manager.hook, event).get_hookimpls() for event in EVENTS}

@@ -4,11 +4,11 @@ Knows nothing of plugins, plans or loops: `AttnEdits` collects edits by branch, 
 those of one site to fused calls, `Seam` runs programs inside an unmodified model.
 """
 
-from .algebra import AttnEdits, Edit, Keys, Op, Pair, Probe, Rows, Span, lane_of
+from .algebra import AttnEdits, Edit, How, Key, Keys, Op, Pair, Probe, Rows, Span, lane_of
 from .lowering import SiteProgram, cat
 from .seam import Seam, attention_modules
 
 __all__ = [
-    "AttnEdits", "Edit", "Keys", "Op", "Pair", "Probe", "Rows", "Seam", "SiteProgram", "Span",
-    "attention_modules", "cat", "lane_of",
+    "AttnEdits", "Edit", "How", "Key", "Keys", "Op", "Pair", "Probe", "Rows", "Seam",
+    "SiteProgram", "Span", "attention_modules", "cat", "lane_of",
 ]  # fmt: skip

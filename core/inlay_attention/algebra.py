@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -29,14 +29,26 @@ Span = Literal["all", "text", "image"]
 Keys = Span | tuple[int, ...]
 Number = float | Tensor
 Pair = tuple[Tensor, Tensor]
+How = Literal["", "qk", "kv", "join", "sum", "side"]
 Op = Literal["route", "append", "gain", "bias", "scale", "map", "mix", "identity", "patch"]
+
+
+class Key(NamedTuple):
+    """What an edit is declared as, before its numbers are known."""
+
+    plugin: str
+    op: Op
+    target: str
+    from_: str = ""
+    how: How = ""
+    queries: Span = "all"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Edit:
     """One operation on one branch at one site; keys: a span, or indices of text tokens.
     value: the gain, weight, bias, α or function; matrix: M; from_: a branch, or the name ("kind:x")
-    of keys and values that are given; part: what a route takes."""
+    of keys and values that are given; how: what a route takes, how keys are appended."""
 
     op: Op
     plugin: str
@@ -47,23 +59,24 @@ class Edit:
     matrix: Tensor | None = None
     renorm: bool = False
     from_: str = ""
-    part: Literal["qk", "kv"] = "qk"
-    how: Literal["join", "sum", "side"] = "join"
+    how: How = ""
     own: Number = 1.0
 
 
 @dataclass
 class AttnEdits:
     """Collects the edits of a site: `edits.on("edit").gain("image", 1.05)`; operations chain.
-    allowed: (plugin, op, target, from) declared here; branches: those that are evaluated."""
+    allowed: what is declared here; dropped: what lost to another plugin; branches: those that are
+    evaluated."""
 
-    allowed: Collection[tuple[str, str, str, str]]
+    allowed: Collection[Key]
     where: str
     branches: tuple[str, ...]
     owner: str = ""
     target: str = "edit"
     queries: Span = "all"
     by_branch: dict[str, list[Edit]] = field(default_factory=dict)
+    dropped: Collection[Key] = ()
 
     def on(self, target: str, queries: Span = "all") -> AttnEdits:
         """A lane (all its branches) or one branch such as "edit/text", and which of its queries."""
@@ -89,11 +102,11 @@ class AttnEdits:
     def route(self, qk: str = "", kv: str = "") -> AttnEdits:
         """Take the map (queries and keys), or the content (values, and keys unless qk gives them),
         of another lane or branch."""
-        edits = self._add("route", qk) if qk else self
-        return edits._add("route", kv, part="kv") if kv else edits
+        edits = self._add("route", qk, how="qk") if qk else self
+        return edits._add("route", kv, how="kv") if kv else edits
 
     def append(
-        self, from_: str, keys: Span = "all", gain: Number = 1.0, how: str = "join",
+        self, from_: str, keys: Span = "all", gain: Number = 1.0, how: How = "join",
         own: Number = 1.0,
     ) -> AttnEdits:  # fmt: skip
         """See `keys` of another lane, or given keys and values, too. join: beside the own ones,
@@ -115,20 +128,23 @@ class AttnEdits:
         and v `b h m d` -> `b h n d`; `attend(q, k, v, mask)` is SDPA. Nothing else may edit it."""
         return self._add("patch", value=function)
 
-    def _add(self, op: Op, from_: str = "", **fields: Any) -> AttnEdits:
+    def _add(self, op: Op, from_: str = "", how: How = "", **fields: Any) -> AttnEdits:
         """Record for each branch; what comes from a lane comes from the same role, else its
         text."""
-        if (self.owner, op, self.target, from_) not in self.allowed:
-            what = f"{op} on {self.target}{from_ and ' from ' + from_}"
+        exact = Key(self.owner, op, self.target, from_, how, self.queries)
+        keys = {exact, exact._replace(queries="all")}
+        if not keys & set(self.allowed):
+            what = f"{op} on {self.target}{from_ and ' from ' + from_}{how and f' ({how})'}"
+            what += f", {self.queries} queries" if self.queries != "all" else ""
             fix = "Declare it with need.edit(...) for this site and window."
             problem = f"{self.owner} emitted an undeclared edit: {what}"
             raise PluginError(problem, where=self.where, fix=fix)
-        for branch in self.branches:
+        for branch in () if keys & set(self.dropped) else self.branches:
             if self.target in (branch, lane_of(branch)):
                 twin = f"{lane_of(from_)}/{(from_ if '/' in from_ else branch).split('/')[1]}"
                 twin = twin if twin in self.branches else f"{lane_of(from_)}/text"
                 twin = from_ if ":" in from_ or not from_ else twin  # a colon: given tensors
-                edit = Edit(op, self.owner, branch, self.queries, from_=twin, **fields)
+                edit = Edit(op, self.owner, branch, self.queries, from_=twin, how=how, **fields)
                 self.by_branch.setdefault(branch, []).append(edit)
         return self
 

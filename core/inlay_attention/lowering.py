@@ -104,7 +104,7 @@ class SiteProgram:
         """What the queries `at` of a branch read: routed, summed, with gains and biases; joined
         keys behind the own ones. Values are not edited."""
         edits, n = self._acting(branch, at, spans[0]), whole.q[self.rows[branch]].shape[0]
-        routed = {e.part: e for e in edits if e.op == "route"}
+        routed = {e.how: e for e in edits if e.op == "route"}
         asks = routed["qk"].from_ if "qk" in routed else branch
         tells = routed["kv"].from_ if "kv" in routed else branch
         asked, told = (self._of(whole, name, n, at, edits) for name in (asks, tells))

@@ -61,6 +61,7 @@ class Experiment:
     subject: str = ""
     input: Inputs = field(default_factory=Inputs)
     plugins: dict[str, Any] = field(default_factory=dict)  # name: options, in execution order
+    resolve: list[dict[str, str]] = field(default_factory=list)  # {site, winner} where edits clash
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +82,10 @@ class Experiment:
             if not good:
                 value = getattr(self, key)
                 raise ConfigError(f"{value!r} cannot be used", where=key, fix=f"It must be {want}.")
+        for i, rule in enumerate(self.resolve):
+            if set(rule) != {"site", "winner"}:
+                fix = "Write {site: '*', winner: plugin}."
+                raise ConfigError(f"{rule} is no rule", where=f"resolve[{i}]", fix=fix)
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Experiment:

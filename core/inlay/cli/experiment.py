@@ -39,4 +39,5 @@ def plan_experiment(exp: Experiment) -> Plan:
 
 def _session(exp: Experiment, pipe: Any) -> Session:
     place: dict[str, Any] = {"dtype": exp.dtype, "device": exp.device, "offload": exp.offload}
-    return Session(pipe, exp.plugins, exp.scheduler, **place, revision=exp.revision)
+    place |= {"revision": exp.revision, "resolve": exp.resolve}
+    return Session(pipe, exp.plugins, exp.scheduler, **place)

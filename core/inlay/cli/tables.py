@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inlay.conflicts import DeclaredEdit
     from inlay.plan import Plan
 
 
@@ -23,9 +24,8 @@ def plan_table(plan: Plan) -> str:
         ]
     lines += ["", f"attention: {len(plan.sites)} sites subscribed"]
     for e in plan.edits:
-        source = f" from {e.from_} ({e.how})" if e.from_ else ""
-        where = f"{len(e.sites)} sites, steps {ranges(e.steps)}"
-        lines.append(f"  {e.plugin}: {e.op} on {e.lane}{source}, {where}")
+        lines.append(f"  {edit_line(e)}")
+    lines += [f"  resolved, dropped: {edit_line(e)}" for e in plan.dropped]
     lines += [
         f"  {q.plugin}: probe {q.name}, {q.read} of {q.word!r} on {q.branch}, "
         f"{len(q.sites)} sites, steps {ranges(q.steps)}"
@@ -76,6 +76,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
                 "lane": e.lane,
                 "from": e.from_,
                 "how": e.how,
+                "queries": e.queries,
                 "sites": sorted(e.sites),
                 "steps": sorted(e.steps),
             }
@@ -98,6 +99,15 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "conflicts": [],
         "memory": plan.memory,
     }
+
+
+def edit_line(e: DeclaredEdit) -> str:
+    """`share: append on edit from source (join), 4 sites, steps 0-1`."""
+    source = f" from {e.from_}" if e.from_ else ""
+    how = f" ({e.how})" if e.how else ""
+    queries = f", {e.queries} queries" if e.queries != "all" else ""
+    where = f"{len(e.sites)} sites, steps {ranges(e.steps)}"
+    return f"{e.plugin}: {e.op} on {e.lane}{source}{how}{queries}, {where}"
 
 
 def ranges(steps: Iterable[int]) -> str:
