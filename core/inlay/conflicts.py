@@ -54,11 +54,13 @@ class DeclaredEdit:
     from_: str = ""
     how: How = ""
     queries: Span = "all"
+    keys: Span = "all"
     pass_: str = "edit"
 
     @property
     def key(self) -> Key:
-        return Key(self.plugin, self.op, self.lane, self.from_, self.how, self.queries)
+        names = (self.plugin, self.op, self.lane, self.from_, self.how)
+        return Key(*names, self.queries, self.keys)
 
     @property
     def kind(self) -> str:

@@ -138,7 +138,7 @@ class Needs:
         self, op: Op, lane: str, sites: frozenset[str], active: Active = None, **fields: Any
     ) -> None:
         """An edit that will be emitted on `lane` (or "lane/role") at `sites` inside `active`;
-        fields: from_, how (join, sum, side; a route: qk or kv), queries, pass_."""
+        fields: from_, how (join, sum, side; a route: qk or kv), queries and keys (spans), pass_."""
         fields = ({"how": "join"} if op == "append" else {}) | fields
         edit = DeclaredEdit(self.owner, op, lane, sites, self.active(active), **fields)
         self._draft.edits.append(edit)

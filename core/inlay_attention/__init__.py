@@ -5,10 +5,10 @@ those of one site to fused calls, `Seam` runs programs inside an unmodified mode
 """
 
 from .algebra import AttnEdits, Edit, How, Key, Keys, Op, Pair, Probe, Rows, Span, lane_of
-from .lowering import SiteProgram, cat
+from .lowering import SiteProgram, calls, cat
 from .seam import Seam, attention_modules
 
 __all__ = [
     "AttnEdits", "Edit", "How", "Key", "Keys", "Op", "Pair", "Probe", "Rows", "Seam",
-    "SiteProgram", "Span", "attention_modules", "cat", "lane_of",
+    "SiteProgram", "Span", "attention_modules", "calls", "cat", "lane_of",
 ]  # fmt: skip

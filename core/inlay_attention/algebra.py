@@ -42,6 +42,12 @@ class Key(NamedTuple):
     from_: str = ""
     how: How = ""
     queries: Span = "all"
+    keys: Span = "all"
+
+    def covers(self, other: Key) -> bool:
+        """Whether what is declared so allows `other`: the same, or some of its queries or keys."""
+        spans = ((self.queries, other.queries), (self.keys, other.keys))
+        return self[:5] == other[:5] and all(a in ("all", b) for a, b in spans)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -131,15 +137,16 @@ class AttnEdits:
     def _add(self, op: Op, from_: str = "", how: How = "", **fields: Any) -> AttnEdits:
         """Record for each branch; what comes from a lane comes from the same role, else its
         text."""
-        exact = Key(self.owner, op, self.target, from_, how, self.queries)
-        keys = {exact, exact._replace(queries="all")}
-        if not keys & set(self.allowed):
+        keys: Keys = fields.get("keys", "all")
+        span: Span = "text" if isinstance(keys, tuple) else keys
+        key = Key(self.owner, op, self.target, from_, how, self.queries, span)
+        if not any(declared.covers(key) for declared in self.allowed):
             what = f"{op} on {self.target}{from_ and ' from ' + from_}{how and f' ({how})'}"
-            what += f", {self.queries} queries" if self.queries != "all" else ""
+            what += f", {self.queries} queries, {span} keys"
             fix = "Declare it with need.edit(...) for this site and window."
             problem = f"{self.owner} emitted an undeclared edit: {what}"
             raise PluginError(problem, where=self.where, fix=fix)
-        for branch in () if keys & set(self.dropped) else self.branches:
+        for branch in () if any(d.covers(key) for d in self.dropped) else self.branches:
             if self.target in (branch, lane_of(branch)):
                 twin = f"{lane_of(from_)}/{(from_ if '/' in from_ else branch).split('/')[1]}"
                 twin = twin if twin in self.branches else f"{lane_of(from_)}/text"

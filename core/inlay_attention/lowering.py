@@ -200,6 +200,20 @@ class SiteProgram:
         return PluginError(f"{edit.plugin}: {edit.op} {what}", where=f"site {self.site}")
 
 
+def calls(program: SiteProgram, q: Sequence[int], k: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(rows, queries, keys) of every SDPA call that a program makes on tensors of these shapes
+    `R h n d`, `R h m d`; nothing is computed."""
+    made = []
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **_: Any) -> Tensor:
+        made.append((q.shape[0], q.shape[2], k.shape[2]))
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    with torch.device("meta"):
+        program(sdpa, torch.empty(*q), torch.empty(*k), torch.empty(*k))
+    return made
+
+
 def _grouped(attend: Callable[[_Read], Tensor], jobs: Sequence[_Read | Tensor]) -> list[Tensor]:
     """Every answer in order; softmaxes of equal shape and maskedness share one call."""
     outputs = [job if isinstance(job, Tensor) else job.q for job in jobs]

@@ -57,7 +57,8 @@ class WeightedAttention(Plugin):
             if (window := Window.parse(getattr(cfg.windows, kind), path)) is not None:
                 steps = window.steps(need.request.steps, path)
                 need.edit("gain", "edit", sites, steps)
-                need.edit("append", "edit", sites, steps, from_="source", how=cfg.combine)
+                shared = {"from_": "source", "how": cfg.combine, "keys": "image"}
+                need.edit("append", "edit", sites, steps, **shared)
 
     @hookimpl
     def inlay_attention(self, run: Run, step: Step, site: AttnSite, edits: AttnEdits) -> None:

@@ -77,6 +77,11 @@ class Backbone(ABC):
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         """The classifier-free scale of a lane; above 1 it gets a null branch."""
 
+    @property
+    @abstractmethod
+    def text_tokens(self) -> int:
+        """Length to which prompts are padded."""
+
     @abstractmethod
     def tokens(self, size: Size) -> int:
         """Tokens of the longest attention sequence."""
@@ -114,6 +119,13 @@ class Backbone(ABC):
     def grid(self, size: Size) -> Size:
         """(height, width) in tokens."""
         return size[0] // self.multiple, size[1] // self.multiple
+
+    def lengths(self, site: AttnSite, size: Size) -> Size:
+        """(queries, keys) of a site, in tokens."""
+        height, width = (-(-side // site.scale) for side in self.grid(size))
+        image, text = height * width, self.text_tokens
+        joint = text + image
+        return {"self": (image, image), "cross": (image, text), "joint": (joint, joint)}[site.kind]
 
     def fit(self, size: Any, picture: Size | None) -> Size:
         """A size the model allows: `size` (side or pair) rounded down, else the picture's shape at

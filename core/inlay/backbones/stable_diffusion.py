@@ -25,6 +25,10 @@ class StableDiffusion(Backbone):
         side = self.denoiser.config.sample_size * self.multiple
         return self.card.get("height", side), self.card.get("width", side)
 
+    @property
+    def text_tokens(self) -> int:
+        return int(self.pipe.tokenizer.model_max_length)
+
     def tokens(self, size: Size) -> int:
         height, width = self.grid(size)
         return height * width
@@ -43,7 +47,7 @@ class StableDiffusion(Backbone):
         return lambda queries, keys: ({"image": slice(0, queries)}, {names: slice(0, keys)})
 
     def encode_text(self, prompt: str) -> Cond:
-        tokens = pieces(self.pipe.tokenizer, prompt, self.pipe.tokenizer.model_max_length)
+        tokens = pieces(self.pipe.tokenizer, prompt, self.text_tokens)
         return Cond(self.pipe.encode_prompt(prompt, self.device, 1, False)[0], None, tokens)
 
     def latent(

@@ -31,10 +31,16 @@ def execute(exp: Experiment, callback: Callable[[dict[str, Any]], None] | None =
 
 def plan_experiment(exp: Experiment) -> Plan:
     """The plan of an experiment; no weight is loaded."""
+    return planned(exp)[1]
+
+
+def planned(exp: Experiment) -> tuple[Session, Plan]:
+    """A session on the bare skeleton of the model, and the plan it made."""
     pipe = backbones.skeleton(registry.resolve_model(exp.model), exp.revision)
     given = {kind: path for kind, path in vars(exp.input).items() if path}
     shape = images.open_image(given["image"]).size[::-1] if "image" in given else None
-    return _session(exp, pipe).plan(exp, shape, list(given))
+    session = _session(exp, pipe)
+    return session, session.plan(exp, shape, list(given))
 
 
 def _session(exp: Experiment, pipe: Any) -> Session:

@@ -15,11 +15,21 @@ from inlay_config import config
 def plan(
     experiment: Annotated[str, typer.Argument(help="Name of an experiment, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    sites: Annotated[bool, typer.Option("--sites", help="Attention calls, site by site.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show passes, lanes, branches, sites, order per event, windows, evaluations and memory."""
     loaded = config.load(experiment, overrides or ())
-    from inlay.cli.experiment import plan_experiment
+    from inlay.cli.experiment import planned
 
-    decided = plan_experiment(loaded)
-    typer.echo(json.dumps(plan_data(decided), indent=2) if as_json else str(decided))
+    session, decided = planned(loaded)
+    if not sites:
+        typer.echo(json.dumps(plan_data(decided), indent=2) if as_json else str(decided))
+        return
+    from inlay.cli.sites import site_costs, site_table
+
+    costs = site_costs(decided, session.backbone)
+    if as_json:
+        typer.echo(json.dumps([vars(cost) for cost in costs], indent=2))
+    else:
+        typer.echo(site_table(costs))
