@@ -54,7 +54,7 @@ class Site:
     def from_of(self, op, options):
         """(from, how) of what a declaration of this operation says it takes."""
         if op == "route":
-            return [(lane, key) for key, lane in options.items()]
+            return [(lane, key) for key, lane in options.items() if key in ("qk", "kv")]
         return [(options.get("from_", ""), options.get("how", "join") if op == "append" else "")]
 
     def program(self):
@@ -106,12 +106,25 @@ class Site:
             return products / math.sqrt(WIDTH) * gain
 
         n = rows.stop - rows.start
-        routes = {key: twin(lane) for op, o in acting if op == "route" for key, lane in o.items()}
-        asks, tells = routes.get("qk", rows), routes.get("kv", rows)
-        keyed = asks if "qk" in routes else tells
-        q = self.q[asks, :, query].expand(n, -1, -1)
-        own_v = v[tells].expand(n, -1, -1, -1).clone()
-        logits = logits_of(keyed, q)
+        routes = {
+            how: (twin(o[how]), self._at(o.get("keys", "all")))
+            for op, o in acting
+            if op == "route"
+            for how in ("qk", "kv")
+            if how in o
+        }
+        own_v, mask = v[rows].clone(), self._mask(rows, query).expand(n, 1, TOKENS).clone()
+        q = self.q[rows, :, query]
+        if "qk" in routes:
+            q = self.q[routes["qk"][0], :, query].expand(n, -1, -1)
+        logits = logits_of(rows, q)
+        if "kv" in routes:
+            other, at = routes["kv"]
+            own_v[:, :, at] = v[other].expand(n, -1, -1, -1)[:, :, at]
+        if routes:
+            other, at = routes.get("qk") or routes["kv"]
+            logits[..., at] = logits_of(other, q)[..., at]
+            mask[..., at] = self._mask(other, query).expand(n, 1, TOKENS)[..., at]
         added, extra_v = [], []
         for op, o in acting:
             if op == "append" and o.get("how") != "side":
@@ -129,7 +142,7 @@ class Site:
         for op, o in acting:
             if op == "gain":
                 logits[..., self._at(o["keys"])] *= o["gain"]
-        logits = logits + self._mask(keyed, query)
+        logits = logits + mask
         for op, o in acting:
             if op == "bias":
                 bias = torch.as_tensor(o["bias"], dtype=torch.float64)

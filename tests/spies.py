@@ -81,7 +81,9 @@ class Editor(Plugin):
         sites = need.select(**self.select)
         taken = {key: self.options[key] for key in ("from_", "how") if key in self.options}
         if self.op == "route":
-            taken = [{"from_": lane, "how": key} for key, lane in self.options.items()]
+            taken = [
+                {"from_": lane, "how": key} for key, lane in self.options.items() if key != "keys"
+            ]
         for one in taken if self.op == "route" else [taken]:
             need.edit(self.op, self.target, sites, self.active, queries=self.queries, **one)
 

@@ -73,6 +73,14 @@ def test_route_takes_the_map_or_the_content_of_another_lane(qk, kv, queries):
     assert_exact(Site([("route", "edit", queries, options)], mask=MASKS["rows"]))
 
 
+@pytest.mark.parametrize("how", ["qk", "kv"])
+@pytest.mark.parametrize("keys", ["image", "text", (0, 2)])
+def test_route_may_take_some_of_the_keys(how, keys):
+    """Image queries and keys of the source, the prompt one's own: how a DiT is injected."""
+    op = ("route", "edit", "image", {how: "source", "keys": keys})
+    assert_exact(Site([op], mask=MASKS["rows"]))
+
+
 @pytest.mark.parametrize("keys", ["text", (0, 1, 2)])
 def test_map_moves_attention_between_keys(keys):
     assert_exact(Site([("map", "edit", "all", {"keys": keys, "matrix": MATRIX})]))

@@ -98,13 +98,15 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Rows of the model batch: a lane under one condition; `role` is what `combine` uses it as."""
+    """Rows of the model batch: a lane under one condition, evaluated in `steps`. role: what it is
+    used as: text, null (classifier-free guidance), or a name that a plugin gave it."""
 
     name: str
     lane: str
-    role: Literal["text", "null"]
+    role: str
     cond: str
     n: int
+    steps: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from inlay_attention import AttnEdits, Rows, Seam, SiteProgram, cat
 
 from .backbones import schedulers
 from .events import Step
-from .guidance import cfg
 
 if TYPE_CHECKING:
     from .plan import PassPlan
@@ -43,7 +42,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         edits = collect_edits(run, pass_, step)
         scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
         for group in pass_.groups:
-            branches = [b for b in pass_.branches if b.name in group and b.lane in alive]
+            branches = [b for b in pass_.branches if b.name in group and index in b.steps]
             if not branches:
                 continue
             rows = Rows.of({b.name: x[b.lane].shape[0] for b in branches})
@@ -64,8 +63,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
             weight = backbone.cfg_scale(lane.guidance, lane.true_cfg)
             text, null = step.preds[f"{name}/text"], step.preds.get(f"{name}/null")
             preds = {"lane": name, "text": text, "null": null, "scale": weight}
-            chosen = hook.inlay_combine(run=run, step=step, **preds)
-            step.output[name] = cfg(text, null, weight) if chosen is None else chosen
+            step.output[name] = hook.inlay_combine(run=run, step=step, **preds)
         hook.inlay_denoised(run=run, step=step)
         for name in alive:
             output = step.output[name]
@@ -81,7 +79,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
 
 def collect_edits(run: Run, pass_: PassPlan, step: Step) -> dict[str, AttnEdits]:
     """Edits by site: each plugin is asked only for the sites and steps that it declared."""
-    branches = tuple(b.name for b in pass_.branches if b.lane in step.lanes)
+    branches = tuple(b.name for b in pass_.branches if step.index in b.steps)
     collected = {}
     for site in run.backbone.sites if run.plan.edits else ():
         place = (step.pass_, site.name, step.index)

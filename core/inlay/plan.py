@@ -51,13 +51,13 @@ class PassPlan:
 
     def rows(self, step: int) -> int:
         """Rows of the model batch in a step."""
-        alive = {lane.name for lane in self.lanes if step in lane.steps}
-        return sum(b.n for b in self.branches if b.lane in alive)
+        return sum(b.n for b in self.branches if step in b.steps)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The decided run; `str(plan)` is the table that `inlay plan` prints."""
+    """The decided run; `str(plan)` is the table that `inlay plan` prints.
+    words[name]: (branch, word) to be found in its prompt."""
 
     request: Request
     backbone: str
@@ -67,6 +67,7 @@ class Plan:
     edits: tuple[DeclaredEdit, ...]
     dropped: tuple[DeclaredEdit, ...]
     probes: tuple[Probe, ...]
+    words: dict[str, tuple[str, str | tuple[int, ...]]]
     publishes: dict[str, str]
     events: dict[str, tuple[str, ...]]
     memory: dict[str, int]
@@ -134,6 +135,18 @@ class Needs:
         if active is not None:
             self._draft.alive.setdefault((pass_, name), set()).update(self.active(active))
 
+    def branch(
+        self, lane: str, role: str, cond: str = "", active: Active = None, pass_: str = "edit"
+    ) -> None:
+        """One more row per picture of `lane`: its prediction is step.preds["lane/role"]. cond: the
+        prompt it is under, the lane's own by default."""
+        self._draft.merge("branch", (pass_, lane, role), {"cond": cond}, self.owner)
+        self._draft.called.setdefault((pass_, lane, role), set()).update(self.active(active))
+
+    def word(self, name: str, branch: str, word: str | tuple[int, ...]) -> None:
+        """Text tokens to be found in the prompt of `branch`: run.words[name]."""
+        self._draft.words[name] = (branch, word)
+
     def edit(
         self, op: Op, lane: str, sites: frozenset[str], active: Active = None, **fields: Any
     ) -> None:
@@ -151,6 +164,7 @@ class Needs:
         found in step.probes[name][site]."""
         probe = Probe(name, self.owner, branch, read, sites, self.active(active), word)
         self._draft.probes.append(probe)
+        self.word(name, branch, word)
 
     def publish(self, key: str) -> None:
         """A board key that this plugin, and no other, will write."""
@@ -171,6 +185,8 @@ class Draft:
     fields: dict[tuple[str, Any], dict[str, Any]] = field(default_factory=dict)
     owners: dict[tuple[str, Any], list[str]] = field(default_factory=dict)
     alive: dict[tuple[str, str], set[int]] = field(default_factory=dict)
+    called: dict[tuple[str, str, str], set[int]] = field(default_factory=dict)
+    words: dict[str, tuple[str, str | tuple[int, ...]]] = field(default_factory=dict)
     edits: list[DeclaredEdit] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
@@ -210,7 +226,7 @@ def make_plan(
     names = [key for what, key in draft.fields if what == "pass" and key != "edit"]
     passes = tuple(plan_pass(name, draft, request, backbone) for name in (*names, "edit"))
     alive = {(p.name, ln.name): frozenset(ln.steps) for p in passes for ln in p.lanes}
-    alive |= {(p.name, b.name): alive[p.name, b.lane] for p in passes for b in p.branches}
+    alive |= {(p.name, b.name): frozenset(b.steps) for p in passes for b in p.branches}
     edits = tuple(clip(e, (e.pass_, e.lane), alive) for e in draft.edits)
     probes = tuple(clip(p, ("edit", p.branch), alive) for p in draft.probes)
     edits, dropped = settle(edits, probes, request.resolve)
@@ -224,7 +240,7 @@ def make_plan(
     rows = max(p.rows(i) for p in passes for i in range(request.steps))
     memory = backbone.memory(request.size, rows, bool(edits), len(probes))
     decided = (request, backbone.name, tuple(plugins), passes, sites, edits, dropped, probes)
-    return Plan(*decided, draft.published, events, memory)
+    return Plan(*decided, draft.words, draft.published, events, memory)
 
 
 def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> PassPlan:
@@ -258,8 +274,13 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
             problem = f"lane {lane!r} needs the prompt {ln.prompt!r}"
             raise ConfigError(problem, where=f"prompt.{ln.prompt}", fix="Give one.")
         if backbone.cfg_scale(ln.guidance, ln.true_cfg) > 1:
-            branches.append(Branch(f"{lane}/null", lane, "null", "negative", ln.n))
-        branches.append(Branch(f"{lane}/text", lane, "text", ln.prompt, ln.n))
+            branches.append(Branch(f"{lane}/null", lane, "null", "negative", ln.n, ln.steps))
+        branches.append(Branch(f"{lane}/text", lane, "text", ln.prompt, ln.n, ln.steps))
+        for key, called in draft.called.items():
+            if key[:2] == (name, lane):
+                role, cond = key[2], draft.fields["branch", key]["cond"] or ln.prompt
+                here = tuple(sorted(steps & called))
+                branches.append(Branch(f"{lane}/{role}", lane, role, cond, ln.n, here))
     solver = draft.fields.get(("pass", name), {}).get("scheduler")
     return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), solver)
 

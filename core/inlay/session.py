@@ -18,7 +18,7 @@ from inlay_config import config, images, registry
 from inlay_config.config import Experiment
 from inlay_config.errors import ModelError, PluginError
 
-from . import backbones, hookspecs
+from . import backbones, guidance, hookspecs
 from .backbones import schedulers, text
 from .board import Board
 from .events import Cond, Lane, Plugin, Result
@@ -113,6 +113,7 @@ class Session:
             for name, plugin in reversed(self.plugins.items()):  # pluggy calls the last one first
                 plugin.name = name
                 self.manager.register(plugin, name)
+            self.manager.register(guidance)
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(" ".join(str(error).split()), where="plugins") from error
@@ -140,7 +141,8 @@ class Session:
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
         impls = {event: getattr(self.manager.hook, event).get_hookimpls() for event in EVENTS}
-        order = {e[6:]: tuple(i.plugin_name for i in reversed(impls[e])) for e in EVENTS}
+        ours = {e: [i for i in reversed(impls[e]) if i.plugin is not guidance] for e in EVENTS}
+        order = {e[6:]: tuple(i.plugin_name for i in listed) for e, listed in ours.items()}
         return make_plan(self.plugins, self.hook_of, order, request, self.backbone)
 
     @torch.no_grad()
@@ -206,8 +208,8 @@ class Session:
             cond = encoded[branch.cond] if ready is None else ready
             cond = cond if isinstance(cond, Cond) else Cond(**cond)
             run.conds[branch.name] = cond.to(run.device, run.dtype)
-        for probe in run.plan.probes:
-            run.words[probe.name] = text.find(run.conds[probe.branch], probe.word)
+        for name, (place, word) in run.plan.words.items():
+            run.words[name] = text.find(run.conds[place], word)
         run.board.update(images.on_board(pictures, run.size, run.device))
         run.hook.inlay_prepare(run=run)
 

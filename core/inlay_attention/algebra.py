@@ -105,11 +105,11 @@ class AttnEdits:
         """P[:, keys] ← P[:, keys] M, matrix `m m`: attention paid to key i counts for key j."""
         return self._add("map", keys=keys, matrix=matrix)
 
-    def route(self, qk: str = "", kv: str = "") -> AttnEdits:
+    def route(self, qk: str = "", kv: str = "", keys: Keys = "all") -> AttnEdits:
         """Take the map (queries and keys), or the content (values, and keys unless qk gives them),
-        of another lane or branch."""
-        edits = self._add("route", qk, how="qk") if qk else self
-        return edits._add("route", kv, how="kv") if kv else edits
+        of another lane or branch; other keys than `keys` stay the own ones."""
+        edits = self._add("route", qk, how="qk", keys=keys) if qk else self
+        return edits._add("route", kv, how="kv", keys=keys) if kv else edits
 
     def append(
         self, from_: str, keys: Span = "all", gain: Number = 1.0, how: How = "join",

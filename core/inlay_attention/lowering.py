@@ -104,17 +104,21 @@ class SiteProgram:
         """What the queries `at` of a branch read: routed, summed, with gains and biases; joined
         keys behind the own ones. Values are not edited."""
         edits, n = self._acting(branch, at, spans[0]), whole.q[self.rows[branch]].shape[0]
-        routed = {e.how: e for e in edits if e.op == "route"}
-        asks = routed["qk"].from_ if "qk" in routed else branch
-        tells = routed["kv"].from_ if "kv" in routed else branch
-        asked, told = (self._of(whole, name, n, at, edits) for name in (asks, tells))
-        keyed = asked if "qk" in routed else told
-        read = _Read(asked.q, keyed.k, told.v, keyed.mask)
-        if read.k.shape[2] != read.v.shape[2]:
-            raise self._problem(routed["qk"], "gives a map over other keys than the values")
+        read, routed = self._of(whole, branch, n, at, edits), {e.how for e in edits}
+        for e in (e for e in edits if e.op == "route"):
+            new, keys = self._of(whole, e.from_, n, at, edits), _index(e.keys, spans[1], read.k)
+            if new.k.shape[2] != read.k.shape[2]:
+                raise self._problem(e, "takes the map of other keys than the own ones")
+            if e.how == "kv":
+                read = replace(read, v=_put(read.v, keys, new.v[:, :, keys]))
+            if e.how == "qk" or "qk" not in routed:
+                mask = _put_mask(read, keys, new.mask)
+                read = replace(read, k=_put(read.k, keys, new.k[:, :, keys]), mask=mask)
+            if e.how == "qk":
+                read = replace(read, q=new.q)
         joined: list[_Read] = []
         for e in edits:
-            keys = _index(e.keys, spans[1], read.k.shape[2])
+            keys = _index(e.keys, spans[1], read.k)
             if e.op == "append" and e.how != "side":
                 new = self._of(whole, e.from_, n, at, edits, keys)
                 if e.how == "join":
@@ -144,7 +148,7 @@ class SiteProgram:
         own, total = self._own(whole, branch, at, spans), whole.k.shape[2]
         n, v, more = own.q.shape[0], own.v, list[_Read | Tensor]()
         for e in edits:
-            keys = _index(e.keys, spans[1], total)
+            keys = _index(e.keys, spans[1], whole.k)
             if e.op == "scale" and not e.renorm:
                 v = _put(v, keys, v[:, :, keys] * _per_key(e.value))
             elif e.op == "map":
@@ -297,9 +301,21 @@ def _add(read: _Read, keys: Any, value: Tensor) -> Tensor:
     return bias if read.mask is None else bias + read.mask
 
 
-def _index(keys: Any, spans: Spans, total: int) -> Any:
+def _put_mask(read: _Read, keys: Any, mask: Tensor | None) -> Tensor | None:
+    """The mask with the part at `keys` taken from another one."""
+    if read.mask is None and mask is None:
+        return None
+    open_ = read.k.new_zeros(1, 1, 1, read.k.shape[2])
+    own, new = (open_ if m is None else m for m in (read.mask, mask))
+    shape = torch.broadcast_shapes(own.shape, new.shape)
+    out = own.expand(shape).clone()
+    out[..., keys] = new.expand(shape)[..., keys]
+    return out
+
+
+def _index(keys: Any, spans: Spans, k: Tensor) -> Any:
     if isinstance(keys, str):
-        return slice(0, total) if keys == "all" else spans[keys]
+        return slice(0, k.shape[2]) if keys == "all" else spans[keys]
     return [spans["text"].start + i for i in keys]
 
 

@@ -175,7 +175,7 @@ class Backbone(ABC):
     def denoise(self, kwargs: dict[str, Any], role: str) -> Tensor:
         """One model call; diffusers' caches keep text and null apart by the context's name."""
         context = getattr(self.denoiser, "cache_context", None)
-        with context({"text": "cond", "null": "uncond"}[role]) if context else nullcontext():
+        with context("uncond" if role == "null" else "cond") if context else nullcontext():
             output: Tensor = self.denoiser(**kwargs, return_dict=False)[0]
         return output
 

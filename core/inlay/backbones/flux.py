@@ -107,8 +107,9 @@ class Flux(Backbone):
         return true_cfg
 
     def groups(self, branches: list[Branch]) -> tuple[tuple[str, ...], ...]:
-        roles = [tuple(b.name for b in branches if b.role == role) for role in ("text", "null")]
-        return tuple(names for names in roles if names)
+        null = tuple(b.name for b in branches if b.role == "null")
+        rest = tuple(b.name for b in branches if b.role != "null")
+        return tuple(names for names in (rest, null) if names)
 
     def to_grid(self, x: Tensor, size: Size) -> Tensor:
         return rearrange(x, "b (h w) c -> b c h w", h=self.grid(size)[0])
