@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
     "detector": Recipe("detector:train", "detector"),
     "sd": Recipe("sd:train", "sd"),
     "clip": Recipe("clip:train", "clip"),
-    "judge": Recipe("clip:train_judge", "judge"),
+    "judge": Recipe("judge:train", "judge"),
     "ddpm": Recipe("ddpm:train", "ddpm"),
     "sam2": Recipe("sam2:train", "sam2"),
 }
