@@ -1,0 +1,67 @@
+"""`inlay eval`: methods over a task, and a report. Torch is imported when it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inlay.cli.listing import Json
+from inlay_config.errors import ConfigError
+
+
+def evaluate(
+    task: Annotated[str, typer.Argument(help="Name of a task, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Over every experiment.", show_default=False),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(metavar="A,B", help="Experiments by name or YAML file; copy; vae.")
+    ] = "copy",
+    n: Annotated[
+        int | None, typer.Option(help="Items; the task's own number if not given.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where to write; outputs/eval/TASK if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the items.")] = 0,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method that others are compared to; the first if not given.")
+    ] = None,
+    retry: Annotated[str | None, typer.Option(metavar="failed", help="Do those again.")] = None,
+    restart: Annotated[bool, typer.Option(help="Set aside what --out holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods on a task; write records, pictures and a report. Resumes where it stopped."""
+    from inlay_bench import report, runner, tasks
+    from inlay_bench.terminal import Progress, show
+
+    if retry not in (None, "failed"):
+        raise ConfigError(f"'{retry}' cannot be done again", where="--retry", fix="Say failed.")
+    if n is not None and n < 1:
+        raise ConfigError(f"{n} items", where="--n", fix="It must be 1 or more.")
+    loaded = tasks.load(task)
+    folder = Path(out) if out else runner.default_folder(loaded)
+    with Progress(quiet=as_json) as progress:
+        done = runner.evaluate(
+            loaded,
+            [name for name in methods.split(",") if name],
+            folder,
+            n,
+            seed,
+            overrides or (),
+            retry_failed=retry == "failed",
+            restart=restart,
+            callback=progress.update,
+        )
+    summary = report.summarise(done, baseline)
+    paths = report.write(summary, folder)
+    if as_json:
+        typer.echo(json.dumps(report.as_data(summary)))
+    else:
+        show(summary)
+        typer.echo("\n".join(str(path) for path in paths.values()))
