@@ -64,17 +64,30 @@ class Optimisers:
     biases).
 
     Muon scales its rate by sqrt(max(1, rows / columns)) by itself, so one rate serves every shape.
+    With ``convolutions``, hidden kernels count as matrices ``[out, in * height * width]`` too
+    (Jordan et al. 2024).
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], muon: float = 0.02, adamw: float = 1e-3
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        muon: float = 0.02,
+        adamw: float = 1e-3,
+        convolutions: bool = False,
     ) -> None:
         outer = ("embed", "shared", "norm", "proj_out", "relative_attention_bias")
+        outer += ("conv_in.", "conv_out.")
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
+        self.flat: list[tuple[nn.Parameter, nn.Parameter]] = []
         for name, parameter in named:
-            hidden = parameter.ndim == 2 and not any(part in name for part in outer)
-            (matrices if hidden else rest).append(parameter)
+            inner = not any(part in name for part in outer)
+            if convolutions and inner and parameter.ndim == 4:
+                # A view of the same memory: what Muon writes there, the convolution reads.
+                self.flat.append((parameter, nn.Parameter(parameter.detach().flatten(1))))
+                matrices.append(self.flat[-1][1])
+            else:
+                (matrices if inner and parameter.ndim == 2 else rest).append(parameter)
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, lr=adamw, betas=(0.9, 0.98), weight_decay=0.0)
         ]
@@ -84,6 +97,9 @@ class Optimisers:
 
     def step(self, factor: float) -> None:
         """One update with every rate multiplied by ``factor``; clears the gradients."""
+        for kernel, matrix in self.flat:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+            kernel.grad = None
         for part, rates in zip(self.parts, self.base, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -161,6 +177,7 @@ def fit(
     seed: int = 0,
     muon: float = 0.02,
     adamw: float = 1e-3,
+    convolutions: bool = False,
     clip: float = 1.0,
     keep: float = 0.998,
     report_every: int = 100,
@@ -177,6 +194,7 @@ def fit(
         resume: go on from the state in ``out`` when there is one.
         seed: of torch's global generator, with the step at which this run begins added.
         muon, adamw: rates of the hidden matrices and of everything else.
+        convolutions: train hidden kernels with Muon too.
         clip: largest norm of the gradient.
         keep: decay of the average.
         report_every: steps between two lines of the log and two writes of the state.
@@ -195,7 +213,7 @@ def fit(
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
-    optimisers = Optimisers(named, muon, adamw)
+    optimisers = Optimisers(named, muon, adamw, convolutions)
     log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
     while clock.done < 1:
         loss = loss_of(step)

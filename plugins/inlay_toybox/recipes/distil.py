@@ -16,18 +16,8 @@ from diffusers import FluxPipeline
 from torch import nn
 
 from inlay_toybox import path, training
-from inlay_toybox.recipes.flux import (
-    GUIDANCE,
-    OBJECT_WEIGHT,
-    Cache,
-    Model,
-    make_cache,
-    noise_levels,
-    preview,
-    samples,
-    save,
-    tokenise,
-)
+from inlay_toybox.latents import OBJECT_WEIGHT, Cache, make_cache, samples
+from inlay_toybox.recipes.flux import GUIDANCE, Model, noise_levels, preview, save, tokenise
 from inlay_toybox.training import Average, Clock, Log, Optimisers
 
 SETTINGS = {"true_cfg_scale": 1.0, "guidance_scale": 3.5}
