@@ -15,7 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from inlay_bench.metrics import affordance, clip, pixels
+from inlay_bench.metrics import affordance, clip, contact, frechet, perceptual, pixels, region
+from inlay_bench.metrics.frechet import Statistics
+from inlay_bench.metrics.quality_score import Mixture, quality_score
+from inlay_toybox import quality, world
+from inlay_toybox.classes import BY_NAME
+from inlay_toybox.detector import Detector
 
 GOLDENS = Path(__file__).parent / "goldens"
 FAST = settings(max_examples=25, deadline=None)
@@ -202,3 +207,140 @@ def test_no_object_is_told_apart() -> None:
     assert (empty.score, empty.empty) == (0, 2) and np.isnan(empty.found_only)
     assert affordance.by_masks(torch.zeros(1, 4, 4).bool(), torch.ones(4, 4).bool()).item() == 0
     assert np.isnan(affordance.average([]).score)
+
+
+# sets of pictures -----------------------------------------------------------------------------
+
+
+def test_frechet_distances_are_the_published_ones() -> None:
+    data = golden("pbe")
+    b = Statistics().update(data["frechet_b"])
+    whole = frechet.distance(Statistics().update(data["frechet_a"]), b)
+    assert whole == pytest.approx(data["frechet"].item(), abs=1e-8)
+    few = Statistics().update(data["frechet_a"][: int(data["frechet_singular_rows"])])
+    singular = frechet.distance(few, b)
+    assert singular == pytest.approx(data["frechet_singular"].item(), abs=1e-3)
+
+
+@FAST
+@given(st.integers(0, 10_000), st.integers(2, 30), st.integers(1, 29))
+def test_frechet_distance_is_a_distance_however_features_arrive(seed, n, cut) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, b = Statistics().update(x), Statistics().update(y + 1)
+    parts = frechet.collect(lambda part: part, [x[:cut], x[cut:]])
+    torch.testing.assert_close(parts.covariance, a.covariance)
+    torch.testing.assert_close(a.covariance, torch.cov(x.T))
+    assert frechet.distance(parts, a) == pytest.approx(0, abs=1e-6)
+    assert frechet.distance(a, b) == pytest.approx(frechet.distance(b, a), abs=1e-6)
+    shifted = Statistics().update(x + 2)
+    assert frechet.distance(a, shifted) == pytest.approx(8 * 4, abs=1e-6)
+
+
+def test_one_picture_has_no_covariance() -> None:
+    with pytest.raises(ValueError, match="two pictures or more, there are 1"):
+        frechet.distance(*[Statistics().update(torch.zeros(1, 4))] * 2)
+
+
+def test_quality_score_is_the_published_one() -> None:
+    data = golden("pbe")
+    mixture = Mixture(data["gmm_weights"], data["gmm_means"], data["gmm_covariances"])
+    used = mixture.log_likelihood(data["qs_features"][:100])
+    torch.testing.assert_close(used, data["qs_loglik"], atol=0.01, rtol=0)
+    score = quality_score(mixture, data["qs_features"], whole_batches=True)
+    assert score == pytest.approx(data["qs"].item(), abs=1e-4)
+    assert 0 <= quality_score(mixture, data["qs_features"]) <= 100
+    flat = Mixture(mixture.weights, mixture.means, torch.zeros_like(mixture.covariances))
+    with pytest.raises(ValueError, match="not positive definite"):
+        quality_score(flat, data["qs_features"])
+
+
+# regions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["box", "blob"])
+def test_region_similarity_is_the_published_one(shape: str) -> None:
+    data = golden("pbe")
+    encoder = ToyClip(data, torch.zeros(1, 16))
+    edited, mask = picture(data["region_result_u8"]), data[f"region_{shape}.mask_u8"] == 255
+    left, top, right, bottom = region.crop(mask, "reference")
+    seen = (edited[..., top:bottom, left:right] - CLIP_MEAN) / CLIP_DEVIATION
+    torch.testing.assert_close(seen[0], data[f"region_{shape}.crop"], atol=1e-5, rtol=0)
+    file = Image.fromarray(data["region_reference_u8"].numpy())
+    squashed = file.resize((224, 224), Image.Resampling.BICUBIC)
+    exemplar = picture(torch.tensor(np.asarray(squashed)))
+    score = region.region_score(encoder, edited, mask, exemplar, "reference")
+    assert score == pytest.approx(data[f"region_{shape}.score"].item(), abs=1e-3)
+    ours = region.region_score(encoder, edited, mask, picture(data["region_reference_u8"]))
+    assert ours != pytest.approx(score, abs=1)  # the whole bounding box is another crop
+
+
+def test_a_region_is_its_bounding_box_and_never_empty() -> None:
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[2:5, 3:8] = True
+    assert region.crop(mask) == (3, 2, 8, 5)
+    assert region.crop(mask, "reference") == (3, 2, 7, 4)
+    with pytest.raises(ValueError, match="mask is empty"):
+        region.crop(torch.zeros_like(mask))
+    mask[2:] = torch.eye(9).flip(1).bool()[2:]
+    with pytest.raises(ValueError, match="use the mode 'fixed'"):
+        region.crop(mask, "reference")
+
+
+class Squares:
+    """A perceptual distance in closed form: squared differences of the mean over colours."""
+
+    name, digest = "squares", "0" * 12
+
+    def maps(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x - y).mean(1, keepdim=True).square()
+
+    def distances(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.maps(x, y).mean((1, 2, 3))
+
+
+def test_a_perceptual_distance_counts_inside_the_mask_only() -> None:
+    x, y = random_pictures(0), random_pictures(1)
+    where = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    where[..., :8] = True
+    inside = perceptual.lpips(Squares(), x, y, where)
+    torch.testing.assert_close(inside, perceptual.lpips(Squares(), x[..., :8], y[..., :8]))
+    assert perceptual.lpips(Squares(), x, torch.where(where, x, y), where).tolist() == [0, 0]
+
+
+# contact --------------------------------------------------------------------------------------
+
+
+def test_true_objects_have_contact_and_pasted_ones_have_not() -> None:
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(array).copy()).permute(2, 0, 1) / 255
+
+    detector, found = Detector.from_pretrained(), {"land": [], "water": [], "sky": []}
+    for item in quality.insertion_items(80, seed=1):
+        habitat = BY_NAME[item.name].habitat
+        source, truth = tensor(item.picture), tensor(world.render(item.target).image)
+        mask = torch.from_numpy(item.mask)
+        pasted = torch.where(mask, truth, source)
+        for edited in (truth, pasted):
+            seen = detector.detect(edited[None])[0]
+            best = seen.best(item.name)
+            masks = [mask] if best is None else [mask, seen.masks[best]]
+            present = [contact.present(source, edited, m, habitat) for m in masks]
+            found[habitat] += [(edited is truth, p) for p in present]
+    assert len(found["land"]) > 100 and len(found["water"]) > 30
+    assert {present for _, present in found["sky"]} == {None}
+    for habitat in contact.MARKS:
+        right = [present for true, present in found[habitat] if true and present is not None]
+        wrong = [present for true, present in found[habitat] if not true and present is not None]
+        assert np.mean(right) >= 0.95, habitat
+        assert np.mean(wrong) <= 0.05, habitat
+
+
+def test_contact_that_cannot_be_seen_is_not_judged() -> None:
+    x = torch.full((3, 32, 32), 0.5)
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    assert contact.present(x, x, mask, "land") is None
+    mask[20:, :] = True  # fills the picture to its lower edge
+    assert contact.present(x, x, mask, "land") is None
+    assert contact.present(x, x, mask, "water") is None
+    assert contact.present(x, x, mask, "sky") is None
