@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from inlay_toybox import world
@@ -138,34 +139,50 @@ class Average:
 
 
 def save_state(folder: Path, average: Average, step: int, elapsed: float) -> None:
-    """Write weights and their average so that ``load_state`` goes on from here (momentum is not
-    kept).
+    """Write weights, their average and the progress as one file, so that ``load_state`` goes on
+    from here (momentum is not kept).
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"weights.{k}": v.detach().contiguous() for k, v in average._tensors()}
     tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
+    progress = {"step": step, "elapsed": elapsed, "average": average.step}
     partial = folder / "state.partial"
-    save_file(tensors, partial)
+    save_file(tensors, partial, metadata={k: json.dumps(v) for k, v in progress.items()})
     partial.replace(folder / "state.safetensors")
-    (folder / "state.json").write_text(
-        json.dumps({"step": step, "elapsed": elapsed, "average": average.step})
-    )
 
 
 @torch.no_grad()
 def load_state(folder: Path, average: Average) -> tuple[int, float]:
-    """Read what ``save_state`` wrote; step and seconds trained, or (0, 0.0) when there is
-    nothing.
+    """Read what ``save_state`` wrote; step and seconds trained, or (0, 0.0) when there is nothing.
+
+    Raises:
+        ValueError: the state is damaged or belongs to another model.
     """
-    if not (folder / "state.safetensors").exists():
+    file = folder / "state.safetensors"
+    if not file.exists():
         return 0, 0.0
-    tensors = load_file(folder / "state.safetensors")
+    try:
+        with safe_open(file, "pt") as state:
+            progress = {
+                k: json.loads(v) for k, v in (state.metadata() or {}).items() if k != "format"
+            }
+            tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it to begin anew") from None
+    if "step" not in progress:  # written when the progress had a file of its own
+        progress = json.loads((folder / "state.json").read_text())
     for key, parameter in average._tensors():
-        parameter.copy_(tensors[f"weights.{key}"])
-        average.shadow[key].copy_(tensors[f"average.{key}"])
-    state = json.loads((folder / "state.json").read_text())
-    average.step = state["average"]
-    return state["step"], state["elapsed"]
+        for part, target in (("weights", parameter), ("average", average.shadow[key])):
+            stored = tensors.get(f"{part}.{key}")
+            if stored is None or stored.shape != target.shape:
+                found = "nothing" if stored is None else f"shape {list(stored.shape)}"
+                raise ValueError(
+                    f"{file} is of another model: {key} should have shape {list(target.shape)}, "
+                    f"there is {found}; choose another --out"
+                )
+            target.copy_(stored)
+    average.step = progress["average"]
+    return progress["step"], progress["elapsed"]
 
 
 def fit(
@@ -250,13 +267,13 @@ class Log:
     def add(self, loss: float) -> None:
         self.sum, self.n = self.sum + loss, self.n + 1
 
-    def report(self, step: int, seconds: float, note: str = "") -> None:
+    def report(self, step: int, seconds: float) -> None:
         """Write and print the mean loss since the last report."""
         mean = self.sum / max(1, self.n)
         self.sum, self.n = 0.0, 0
         with self.file.open("a", newline="") as out:
             csv.writer(out).writerow([step, round(seconds, 1), round(mean, 6)])
-        print(f"step {step:6d}  {seconds / 60:6.1f} min  loss {mean:.5f}  {note}", flush=True)
+        print(f"step {step:6d}  {seconds / 60:6.1f} min  loss {mean:.5f}", flush=True)
         self.draw()
 
     def draw(self) -> None:

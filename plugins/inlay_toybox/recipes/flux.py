@@ -23,7 +23,7 @@ from torch import nn
 
 from inlay_toybox import text, training, world
 from inlay_toybox.latents import OBJECT_WEIGHT, make_cache, samples
-from inlay_toybox.training import UNSEEN, Average, Clock, Log, Optimisers
+from inlay_toybox.training import UNSEEN
 
 GUIDANCE = (1.0, 5.0)
 NOISE_SHIFT = 2.2
@@ -207,14 +207,10 @@ def train(
     pipe.vae.float().requires_grad_(False)
     model = Model(pipe, size // 8).to(device)
     cache = make_cache(out / "cache", pipe.vae, scenes, size, device)
-    average = Average({"clip": model.clip, "t5": model.t5, "flow": model.flow})
-    step, spent = training.load_state(out, average) if resume else (0, 0.0)
-    torch.manual_seed(step)
-    optimisers = Optimisers(model.named_parameters())
-    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
     flow = torch.compile(model) if compiled else model
     batches = samples(cache, batch_size, device)
-    while clock.done < 1:
+
+    def loss_of(step: int) -> torch.Tensor:
         x0, shares, captions = next(batches)
         noise, sigma = torch.randn_like(x0), noise_levels(batch_size, device)
         guidance = torch.empty_like(sigma).uniform_(*GUIDANCE)
@@ -224,22 +220,16 @@ def train(
             velocity = flow((1 - level) * x0 + level * noise, sigma, guidance, *texts)
         weight = (1 + OBJECT_WEIGHT * shares)[..., None]
         error = (velocity.float() - (noise - x0)).square()
-        loss = (weight * error).mean() / weight.mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimisers.step(training.learning_rate(clock.done, step - begun))
-        average.update()
-        log.add(float(loss.detach()))
-        step += 1
-        if step % report_every == 0:
-            log.report(step, clock.elapsed)
-        if step % (5 * report_every) == 0:
-            training.save_state(out, average, step, clock.elapsed)
-            average.swap()
-            preview(pipe, out / "samples.png", size)
-            average.swap()
-    training.save_state(out, average, step, clock.elapsed)
-    average.swap()
-    preview(pipe, out / "samples.png", size)
+        return (weight * error).mean() / weight.mean()
+
+    training.fit(
+        {"clip": model.clip, "t5": model.t5, "flow": model.flow},
+        loss_of,
+        out,
+        minutes,
+        resume,
+        report_every=report_every,
+        preview=lambda: preview(pipe, out / "samples.png", size),
+    )
     save(pipe, out / "flux", size)
     return out / "flux"
