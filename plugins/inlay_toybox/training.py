@@ -21,6 +21,9 @@ from torch import nn
 
 from inlay_toybox import world
 
+ENDS = ("conv_in.", "conv_out.", "proj_out")
+"""Names of layers at the ends of a network, whose matrices are not hidden."""
+
 UNSEEN = 10_000_000
 """First seed of the scenes that no recipe trains on."""
 
@@ -76,8 +79,7 @@ class Optimisers:
         adamw: float = 1e-3,
         convolutions: bool = False,
     ) -> None:
-        outer = ("embed", "shared", "norm", "proj_out", "relative_attention_bias")
-        outer += ("conv_in.", "conv_out.")
+        outer = ("embed", "shared", "norm", "relative_attention_bias", *ENDS)
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         self.flat: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -274,27 +276,31 @@ class Log:
         with self.file.open("a", newline="") as out:
             csv.writer(out).writerow([step, round(seconds, 1), round(mean, 6)])
         print(f"step {step:6d}  {seconds / 60:6.1f} min  loss {mean:.5f}", flush=True)
-        self.draw()
+        draw_curve(self.file, self.file.with_suffix(".png"))
 
-    def draw(self) -> None:
-        with self.file.open() as rows:
-            points = [(float(r["seconds"]) / 60, float(r["loss"])) for r in csv.DictReader(rows)]
-        if len(points) < 2:
-            return
-        x, y = np.array(points).T
-        y = np.log(np.maximum(y, 1e-9))
-        low, high = y.min(), np.quantile(y, 0.98)
-        image = Image.new("RGB", (640, 320), "white")
-        pen = ImageDraw.Draw(image)
-        across = 50 + 570 * (x - x.min()) / max(np.ptp(x), 1e-9)
-        down = 290 - 260 * np.clip((y - low) / max(high - low, 1e-9), 0, 1)
-        pen.line(list(zip(across, down, strict=True)), fill=(30, 90, 170), width=2)
-        for value in (low, (low + high) / 2, high):
-            row = 290 - 260 * (value - low) / max(high - low, 1e-9)
-            pen.text((4, row - 5), f"{math.exp(value):.4f}", fill="black")
-        pen.text((50, 300), f"{x.min():.0f} min", fill="black")
-        pen.text((570, 300), f"{x.max():.0f} min", fill="black")
-        image.save(self.file.with_suffix(".png"))
+
+def draw_curve(table: Path, file: Path) -> None:
+    """Draw a loss curve, a csv file of step, seconds and loss, as a png; the loss on a logarithmic
+    scale, its highest fiftieth cut off.
+    """
+    with table.open() as rows:
+        points = [(float(r["seconds"]) / 60, float(r["loss"])) for r in csv.DictReader(rows)]
+    if len(points) < 2:
+        return
+    x, y = np.array(points).T
+    y = np.log(np.maximum(y, 1e-9))
+    low, high = y.min(), np.quantile(y, 0.98)
+    image = Image.new("RGB", (640, 320), "white")
+    pen = ImageDraw.Draw(image)
+    across = 50 + 570 * (x - x.min()) / max(np.ptp(x), 1e-9)
+    down = 290 - 260 * np.clip((y - low) / max(high - low, 1e-9), 0, 1)
+    pen.line(list(zip(across, down, strict=True)), fill=(30, 90, 170), width=2)
+    for value in (low, (low + high) / 2, high):
+        row = 290 - 260 * (value - low) / max(high - low, 1e-9)
+        pen.text((4, row - 5), f"{math.exp(value):.4f}", fill="black")
+    pen.text((50, 300), f"{x.min():.0f} min", fill="black")
+    pen.text((570, 300), f"{x.max():.0f} min", fill="black")
+    image.save(file)
 
 
 def export_log(out: Path, folder: Path, rows: int = 300) -> None:

@@ -31,7 +31,7 @@ class Recipe:
     def load(self) -> Callable[..., Path]:
         """The function ``train(minutes, out, device, …)``, which returns the model's folder."""
         module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 RECIPES: dict[str, Recipe] = {

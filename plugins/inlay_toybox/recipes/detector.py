@@ -151,4 +151,5 @@ def train(
     images = training.batch(range(UNSEEN, UNSEEN + 16), SIDE).images.to(device)
     training.save_grid(disturb(images, coder), out / "samples.png")
     model.save_pretrained(out / "detector")
+    training.export_log(out, out / "detector")
     return out / "detector"

@@ -92,4 +92,5 @@ def train(
     )
     preview(pipe, out / "samples.png", size, **SETTINGS)  # type: ignore[arg-type]
     save(pipe, out / "flux", size, **SETTINGS)
+    training.export_log(out, out / "flux")
     return out / "flux"

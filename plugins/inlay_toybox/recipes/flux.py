@@ -232,4 +232,5 @@ def train(
         preview=lambda: preview(pipe, out / "samples.png", size),
     )
     save(pipe, out / "flux", size)
+    training.export_log(out, out / "flux")
     return out / "flux"

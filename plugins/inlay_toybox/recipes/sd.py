@@ -204,4 +204,5 @@ def train(
         preview=lambda: preview(pipe, out / "samples.png", size),
     )
     save(pipe, out / "sd", size)
+    training.export_log(out, out / "sd")
     return out / "sd"

@@ -118,4 +118,5 @@ def train(
     if not decoder_only:
         measure_latents(vae, device, size)
     vae.to(torch.bfloat16).save_pretrained(out / "vae")
+    training.export_log(out, out / "vae")
     return out / "vae"

@@ -1,0 +1,85 @@
+"""Sample grids of the shipped models, drawn anew from their weights, nothing selected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from inlay_toybox import path, training
+from inlay_toybox.training import UNSEEN
+
+COUNT = 24
+
+
+def draw(name: str, file: Path) -> str:
+    """Write the sample grid of a model.
+
+    Returns:
+        What is to be seen on it, or "" where a model draws nothing.
+    """
+    if name not in SHEETS:
+        return ""
+    maker, caption = SHEETS[name]
+    training.save_grid(maker(), file)
+    return caption
+
+
+def _prompts() -> list[str]:
+    from inlay_toybox.quality.shares import PROMPTS, unseen_scenes
+
+    return [scene.caption for scene in unseen_scenes(COUNT, PROMPTS)]
+
+
+def _flux() -> torch.Tensor:
+    from diffusers import FluxPipeline
+
+    from inlay_toybox.quality.drawing import generate
+
+    return generate(FluxPipeline.from_pretrained(path("flux")), _prompts(), seed=0)
+
+
+def _sd() -> torch.Tensor:
+    from diffusers import StableDiffusionPipeline
+
+    from inlay_toybox.quality.drawing import generate
+
+    return generate(StableDiffusionPipeline.from_pretrained(path("sd")), _prompts(), seed=0)
+
+
+def _scenes() -> torch.Tensor:
+    return training.batch(range(UNSEEN, UNSEEN + COUNT), 64, held_out=True).images
+
+
+def _vae() -> torch.Tensor:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(path("flux") / "vae", torch_dtype=torch.float32)
+    images = _scenes()[: COUNT // 2]
+    with torch.no_grad():
+        back = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample
+    return torch.stack([images, back / 2 + 0.5], 1).flatten(0, 1)
+
+
+def _detector() -> torch.Tensor:
+    from inlay_toybox.detector import Detector
+
+    images = _scenes()
+    for image, found in zip(images, Detector.from_pretrained().detect(images, 0.3), strict=True):
+        canvas = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+        pen = ImageDraw.Draw(canvas)
+        for box in found.boxes.tolist():
+            pen.rectangle(box, outline=(255, 220, 0))
+        image.copy_(torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255)
+    return images
+
+
+SHEETS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "flux": (_flux, f"the first {COUNT} unseen prompts, not selected"),
+    "sd": (_sd, f"the first {COUNT} unseen prompts, not selected"),
+    "vae": (_vae, "unseen scenes, each followed by its round trip"),
+    "detector": (_detector, "unseen scenes and the boxes found in them"),
+}
