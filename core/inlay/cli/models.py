@@ -1,4 +1,4 @@
-"""`inlay models`: what ships here, and what can be fetched. Listing imports no torch."""
+"""`inlay models`: what ships here, what can be fetched or converted. Listing imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from inlay.cli.convert import convert
 from inlay.cli.listing import Json, show
 from inlay_config import registry
 
@@ -33,3 +34,6 @@ def fetch(
         return
     path = registry.fetch(name)
     typer.echo(json.dumps({"name": name, "path": str(path)}) if as_json else f"{name}: {path}")
+
+
+app.command()(convert)
