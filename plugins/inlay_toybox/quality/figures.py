@@ -78,6 +78,17 @@ def _detector(n: int) -> dict[str, Any]:
     return detector_accuracy(2 * n) | {f"decoded_{key}": v for key, v in decoded.items()}
 
 
+def _sam2(n: int) -> dict[str, Any]:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from inlay_toybox.quality.segmentation import segmentation_accuracy
+
+    vae = AutoencoderKL.from_pretrained(path("flux") / "vae", torch_dtype=torch.float32)
+    decoded = segmentation_accuracy(n // 2, vae=vae)
+    return segmentation_accuracy(n) | {f"decoded_{key}": v for key, v in decoded.items()}
+
+
 _DRAWN = {
     "objects": ("objects named in unseen prompts that the detector finds, trained pairs", "0.95"),
     "held_out": ("the same, (class, ground) pairs held out of training", ""),
@@ -98,6 +109,20 @@ SUBJECTS: dict[str, Subject] = {
             "masks": ("found objects with half mask overlap", ""),
             "decoded_objects": ("objects found after the autoencoder's round trip", ""),
             "decoded_masks": ("… with half mask overlap", ""),
+        },
+        ("flux/vae",),
+    ),
+    "sam2": Subject(
+        _sam2,
+        {
+            "click": ("mean overlap (IoU) with the body, one click at its deepest pixel", "0.90"),
+            "single": ("the same click, single mask", ""),
+            "anywhere": ("one click at a random pixel of the body", ""),
+            "two": ("… and a second click where that mask is wrong", ""),
+            "box": ("a box", ""),
+            "mask": ("a blurred, coarse mask alone", ""),
+            "decoded_click": ("one click, after the autoencoder's round trip", ""),
+            "disc": ("no model: a disc of the mean object's area around the click", ""),
         },
         ("flux/vae",),
     ),

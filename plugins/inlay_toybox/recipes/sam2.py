@@ -1,5 +1,6 @@
 """Recipe of the small SAM 2: clicks, boxes and mask hints on rendered scenes, one round of
-correction after each, with the losses of SAM (Kirillov et al. 2023, "Segment Anything", A).
+correction, with the losses of SAM (Kirillov et al. 2023, "Segment Anything", A) but for the focal
+one: cross-entropy in its place reached half again the overlap after the same few hundred steps.
 
 A scene is encoded once and all its objects are asked for. An object's truth is its visible body,
 without shadow or reflection.
@@ -30,7 +31,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def architecture(
-    image_size: int = 192, width: int = 64, narrowest: int = 16, stages: tuple[int, ...] = (1, 2, 2)
+    image_size: int = 128, width: int = 64, narrowest: int = 16, stages: tuple[int, ...] = (1, 2, 2)
 ) -> dict[str, Any]:
     """Configuration of an image-only SAM 2 in the package's style.
 
@@ -51,7 +52,7 @@ def architecture(
         "num_heads": 1,
         "q_pool": 2,
         "stages": list(stages),
-        "window_spec": [8, 6, 4],
+        "window_spec": [8, 8, 4],
         "global_att_blocks": list(last),
         "window_pos_embed_bkg_spatial_size": [4, 4],
     }
@@ -220,18 +221,15 @@ def decode(
 
 
 def loss(logits: torch.Tensor, quality: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """20 × focal + dice + the estimate's error; of the three masks for unclear prompts only the
-    nearest one learns, the single mask always.
+    """5 × cross-entropy + dice + the estimate's error; of the three masks for unclear prompts only
+    the nearest one learns, the single mask always.
     """
     logits = F.interpolate(logits, truth.shape[-2:], mode="bilinear")
     truth = truth.expand_as(logits)
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
     p = logits.sigmoid()
-    miss = p + truth - 2 * p * truth
-    balance = 0.25 * truth + 0.75 * (1 - truth)
-    focal = (balance * miss**2 * entropy).mean((2, 3))
     dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
-    each = 20 * focal + dice
+    each = 5 * entropy + dice
     with torch.no_grad():
         seen, real = logits > 0, truth > 0.5
         overlap = (seen & real).sum((2, 3)) / (seen | real).sum((2, 3)).clamp(min=1)
