@@ -62,7 +62,7 @@ def _train(args: argparse.Namespace) -> None:
     train = recipe.load()
     offered = {
         "size": args.size or (128 if accelerated else 64),
-        "start": recipe.model if args.resume else None,
+        "start": recipe.model if args.resume and recipe.model.is_dir() else None,
         "resume": args.resume,
         "vae": args.vae or path("flux") / "vae",
         "compiled": args.minutes > 20,
@@ -98,6 +98,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (OSError, ValueError) as error:
         print(f"inlay-toybox {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"inlay-toybox {args.verb}: needs the package {error.name!r}, which comes with "
+            "inlay[segment]",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -8,6 +8,7 @@ Diffusion, with objects weighted and captions dropped one time in ten.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -77,6 +78,16 @@ def build(vae: AutoencoderKL) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def unpack(packed: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
+    """Cached latents ``[b, (s/8)^2, 32]`` as the stock pipeline has them, ``[b, 8, s/4, s/4]``.
+
+    It undoes the autoencoder's scale and not its shift, so the shift is put back.
+    """
+    side = math.isqrt(packed.shape[1])
+    latents = rearrange(packed, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=2, q=2)
+    return latents + vae.config.shift_factor * vae.config.scaling_factor
 
 
 def timesteps(n: int, count: int, device: torch.device) -> torch.Tensor:
@@ -165,16 +176,12 @@ def train(
     unet.set_attn_processor(AttnProcessor())
     cache = make_cache(out / "cache", pipe.vae, scenes, size, device)
     batches = samples(cache, batch_size, device)
-    # The stock pipeline undoes the autoencoder's scale and not its shift, so the shift stays in.
-    shift = pipe.vae.config.shift_factor * pipe.vae.config.scaling_factor
     levels = pipe.scheduler.alphas_cumprod.to(device)
     side = size // 8
 
     def loss_of(step: int) -> torch.Tensor:
         packed, shares, captions = next(batches)
-        x0 = shift + rearrange(
-            packed, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=2, q=2
-        )
+        x0 = unpack(packed, pipe.vae)
         time, noise = timesteps(len(x0), len(levels), device), torch.randn_like(x0)
         alpha = levels[time].sqrt()[:, None, None, None]
         sigma = (1 - alpha.square()).sqrt()
