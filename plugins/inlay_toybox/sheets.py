@@ -93,8 +93,8 @@ def _gradients(name: str) -> torch.Tensor:
     drawn = np.stack([world.render(scene, 64).image for scene in scenes])
     images = (torch.from_numpy(drawn).permute(0, 3, 1, 2) / 255).requires_grad_()
     words = clip.read([captions.phrase(scene.things[0]) for scene in scenes])
-    (clip.see(images) * words).sum().backward()
-    strength = F.avg_pool2d(images.grad.norm(dim=1, keepdim=True), 5, 1, 2)
+    (gradient,) = torch.autograd.grad((clip.see(images) * words).sum(), images)
+    strength = F.avg_pool2d(gradient.norm(dim=1, keepdim=True), 5, 1, 2)
     strength = strength / strength.amax((1, 2, 3), keepdim=True)
     return torch.stack([images.detach(), strength.expand_as(images)], 1).flatten(0, 1)
 
