@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from inlay.cli.listing import Json
+from inlay.cli.run import hush_loading_bars
 from inlay_config.errors import ConfigError
 
 
@@ -38,6 +39,7 @@ def evaluate(
 ) -> None:
     """Compare methods on a task; write records, pictures and a report. Resumes where it stopped."""
     from inlay_bench import report, runner, tasks
+    from inlay_bench.methods import build, drawer
     from inlay_bench.terminal import Progress, show
 
     if retry not in (None, "failed"):
@@ -46,18 +48,21 @@ def evaluate(
         raise ConfigError(f"{n} items", where="--n", fix="It must be 1 or more.")
     loaded = tasks.load(task)
     folder = Path(out) if out else runner.default_folder(loaded)
-    with Progress(quiet=as_json) as progress:
-        done = runner.evaluate(
-            loaded,
-            [name for name in methods.split(",") if name],
-            folder,
-            n,
-            seed,
-            overrides or (),
-            retry_failed=retry == "failed",
-            restart=restart,
-            callback=progress.update,
-        )
+    words, asked = overrides or (), [name for name in methods.split(",") if name]
+    made, draw = build(asked, loaded, words), drawer(loaded, words)
+    if baseline is not None and baseline not in (names := [method.name for method in made]):
+        fix = f"One of {', '.join(names)}."
+        raise ConfigError(f"no method '{baseline}'", where="--baseline", fix=fix)
+    again = {"retry_failed": retry == "failed", "restart": restart}
+    hush_loading_bars()
+    try:
+        with Progress(quiet=as_json) as progress:
+            done = runner.evaluate(
+                loaded, made, folder, n, seed, draw, **again, callback=progress.update
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"what is done stays in {folder}; the same command goes on from there", err=True)
+        raise
     summary = report.summarise(done, baseline)
     paths = report.write(summary, folder)
     if as_json:

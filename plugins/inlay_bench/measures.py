@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from inlay_bench import networks
-from inlay_bench.metrics import affordance, clip, perceptual, pixels
+from inlay_bench.metrics import affordance, clip, contact, perceptual, pixels
 from inlay_bench.tasks import Item
-from inlay_config.errors import ModelError
+from inlay_config.errors import InputError, ModelError
 from inlay_config.images import to_tensor
 
 Numbers = dict[str, float | None]
@@ -28,20 +28,27 @@ MARGIN = 4  # pixels around a found object that are its soft edge and shadow
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a record. key: in the record. title: in tables. better: "higher", "lower" or
-    "" (neither). digits: shown after the point. about: what it says, for the report."""
+    """One number of a record.
+
+    key: in the record. title: in tables. about: what it says. better: "higher", "lower" or "".
+    digits: shown after the point. mark: of a yes-or-no number, the word below a picture that a yes
+    puts there. unit: shown behind the number below a picture.
+    """
 
     key: str
     title: str
     about: str
     better: str = "higher"
     digits: int = 3
+    mark: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Columns, the networks behind them, and the function that fills them."""
+    """Columns, the table they stand in, the networks behind them, the function that fills them."""
 
+    group: str
     columns: tuple[Column, ...]
     networks: tuple[str, ...]
     function: Callable[[Evidence], Numbers]
@@ -51,12 +58,12 @@ MEASURES: dict[str, Measure] = {}
 
 
 def measure(
-    name: str, *columns: Column, networks: tuple[str, ...] = ()
+    name: str, group: str, *columns: Column, networks: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Evidence], Numbers]], Callable[[Evidence], Numbers]]:
     """Register a measure that a task's YAML can name."""
 
     def register(function: Callable[[Evidence], Numbers]) -> Callable[[Evidence], Numbers]:
-        MEASURES[name] = Measure(columns, networks, function)
+        MEASURES[name] = Measure(group, columns, networks, function)
         return function
 
     return register
@@ -71,8 +78,16 @@ class Evidence:
     ) -> None:
         self.item, self.source, self.picture, self.networks = item, source, picture, networks
 
+    @property
+    def allowed(self) -> Tensor:
+        """Pixels `h w` where the object may be. Raises InputError when the item does not know."""
+        if "allowed" not in self.item.truth:
+            fix = "Leave `affordance` and `boxes` out of the task's measures."
+            raise InputError("no allowed region is known", where=f"item {self.item.id}", fix=fix)
+        return torch.from_numpy(self.item.truth["allowed"])
+
     @cached_property
-    def found(self) -> Any:
+    def found(self) -> Found:
         """The detector's new objects of the item's class: boxes `n 4`, masks `n h w`, surest
         first."""
         seen = self.networks["detector"].detect(self.picture, THRESHOLD)[0]
@@ -80,14 +95,19 @@ class Evidence:
         return Found(seen.boxes[mine], seen.masks[mine])
 
     @cached_property
+    def footprint(self) -> Tensor:
+        """Pixels `h w` that the true object changes; none where it is not known."""
+        known = self.item.truth.get("footprint")
+        nothing = torch.zeros(self.picture.shape[-2:], dtype=torch.bool)
+        return nothing if known is None else torch.from_numpy(known)
+
+    @cached_property
     def background(self) -> Tensor:
-        """Pixels `1 1 h w` that belong to no object: outside the footprint of the true object,
-        where one is known, and outside what was found, with a margin."""
-        touched = torch.zeros(self.picture.shape[-2:], dtype=torch.bool)
-        if "footprint" in self.item.truth:
-            touched |= torch.from_numpy(self.item.truth["footprint"])
+        """Pixels `1 1 h w` that belong to no object: outside the true object's footprint and
+        outside the surest one that was found, with a margin."""
+        touched = self.footprint
         if len(self.found.masks):
-            touched |= grown(self.found.masks[0])
+            touched = touched | grown(self.found.masks[0])
         return ~touched[None, None]
 
 
@@ -119,9 +139,17 @@ def number(value: Tensor) -> float | None:
     return plain if plain == plain else None
 
 
+# the object ------------------------------------------------------------------------------------
+
+OBJECT, BOXES = "The object", "Affordance by boxes"
+MEANING = "Pictures and captions, by CLIP"
+BACKGROUND, STRICT = "The background", "The background, outside the true object's footprint alone"
+
+
 @measure(
     "inclusion",
-    Column("inclusion", "inclusion", "share of pictures in which the detector finds the object"),
+    OBJECT,
+    Column("inclusion", "inclusion", "the detector finds the object in the picture", mark="found"),
     networks=("detector",),
 )
 def inclusion(e: Evidence) -> Numbers:
@@ -129,38 +157,47 @@ def inclusion(e: Evidence) -> Numbers:
 
 
 @measure(
+    "held-out",
+    OBJECT,
+    Column("held_out", "of held-out pairs", "inclusion of objects on grounds never trained on"),
+    networks=("detector",),
+)
+def inclusion_of_held_out_pairs(e: Evidence) -> Numbers:
+    return {"held_out": inclusion(e)["inclusion"] if e.item.facts["held_out"] else None}
+
+
+@measure(
     "affordance",
+    OBJECT,
     Column(
         "affordance",
         "affordance",
         "at least half of the surest new object's own pixels lie where its class may be; pictures "
         "without a new object are left out",
+        mark="placed",
     ),
-    Column(
-        "affordance_all", "affordance, none = 0", "the same, pictures without a new object count 0"
-    ),
+    Column("affordance_all", "none found = 0", "affordance, a picture without a new object is a 0"),
     networks=("detector",),
 )
 def affordance_by_mask(e: Evidence) -> Numbers:
-    allowed = torch.from_numpy(e.item.truth["allowed"])
-    score = affordance.picture_score(affordance.by_masks(e.found.masks[:1], allowed))
+    score = affordance.picture_score(affordance.by_masks(e.found.masks[:1], e.allowed))
     return {"affordance": score, "affordance_all": score or 0.0}
 
 
 @measure(
     "boxes",
+    BOXES,
     Column(
         "affordance_single",
-        "affordance, one box",
-        "share of a picture's new objects with half of their box inside one allowed box",
+        "one box",
+        "the share of a picture's new objects with half of their box inside one of the boxes that "
+        "make up the allowed region; pictures without a new object are left out",
     ),
-    Column(
-        "affordance_union", "affordance, all boxes", "the same, inside all allowed boxes together"
-    ),
+    Column("affordance_union", "all boxes", "likewise, inside all of these boxes together"),
     networks=("detector",),
 )
 def affordance_by_boxes(e: Evidence) -> Numbers:
-    allowed = affordance.boxes_of(e.item.truth["allowed"])
+    allowed = affordance.boxes_of(e.allowed.numpy())
     readings = {"single": affordance.single, "union": affordance.union}
     return {
         f"affordance_{name}": affordance.picture_score(share(e.found.boxes, allowed))
@@ -169,14 +206,53 @@ def affordance_by_boxes(e: Evidence) -> Numbers:
 
 
 @measure(
-    "clip",
+    "contact",
+    OBJECT,
     Column(
-        "clip_direction",
-        "CLIP direction",
-        "cosine of the pictures' change and the captions' change",
+        "contact",
+        "contact",
+        "the surest new object has its shadow (on land) or reflection (on water); objects in the "
+        "sky are left out",
+        mark="touches",
     ),
-    Column("clip_out", "CLIP out", "cosine of the picture and the caption with the object"),
-    Column("clip_image", "CLIP image", "cosine of the picture before and after"),
+    networks=("detector",),
+)
+def contact_mark(e: Evidence) -> Numbers:
+    if not len(e.found.masks):
+        return {"contact": None}
+    seen = contact.present(e.source[0], e.picture[0], e.found.masks[0], e.item.facts["habitat"])
+    return {"contact": None if seen is None else float(seen)}
+
+
+@measure(
+    "source",
+    OBJECT,
+    Column(
+        "source",
+        "input in order",
+        "the detector finds in the input what its caption names, and not the object to insert",
+        better="",
+        mark="input in order",
+    ),
+    networks=("detector",),
+)
+def source_in_order(e: Evidence) -> Numbers:
+    seen = e.networks["detector"].detect(e.source, THRESHOLD)[0].classes
+    right = e.item.facts["class"] not in seen and set(e.item.facts["things"]) <= set(seen)
+    return {"source": float(right)}
+
+
+# pictures and captions -------------------------------------------------------------------------
+
+
+@measure(
+    "clip",
+    MEANING,
+    Column(
+        "clip_direction", "direction", "cosine of the pictures' change and the captions' change"
+    ),
+    Column("clip_out", "out", "cosine of the picture and the caption with the object"),
+    Column("clip_image", "image", "cosine of the pictures before and after"),
     networks=("judge",),
 )
 def clip_similarities(e: Evidence) -> Numbers:
@@ -191,33 +267,72 @@ def clip_similarities(e: Evidence) -> Numbers:
     }
 
 
+# the background --------------------------------------------------------------------------------
+
+
 @measure(
     "background",
+    BACKGROUND,
     Column(
         "psnr",
-        "background PSNR, dB",
-        f"against the input, outside the true and the found object; {pixels.CEILING:g} = equal",
+        "PSNR, dB",
+        "against the input, outside the true object's footprint and outside the object that was "
+        f"found; {pixels.CEILING:g} = equal",
         digits=1,
+        unit="dB",
     ),
-    Column("ssim", "background SSIM", "likewise, structural similarity"),
+    Column("ssim", "SSIM", "likewise, structural similarity"),
     networks=("detector",),
 )
 def background(e: Evidence) -> Numbers:
-    pair = (e.source, e.picture)
-    return {
-        "psnr": number(pixels.psnr(*pair, e.background)),
-        "ssim": number(pixels.ssim(*pair, e.background)),
-    }
+    return differences(e, e.background, "")
 
 
 @measure(
     "background-lpips",
-    Column("lpips", "background LPIPS", "likewise, perceptual distance", better="lower"),
+    BACKGROUND,
+    Column("lpips", "LPIPS", "likewise, perceptual distance", better="lower"),
     networks=("detector", "lpips"),
 )
 def background_lpips(e: Evidence) -> Numbers:
     distance = perceptual.lpips(e.networks["lpips"], e.source, e.picture, e.background)
     return {"lpips": number(distance)}
+
+
+@measure(
+    "footprint",
+    STRICT,
+    Column(
+        "psnr_strict",
+        "PSNR, dB",
+        "an object at another plausible place counts as damage here; the row `elsewhere` says how "
+        "much a perfect one costs",
+        digits=1,
+    ),
+    Column("ssim_strict", "SSIM", "likewise, structural similarity"),
+)
+def outside_footprint(e: Evidence) -> Numbers:
+    return differences(e, ~e.footprint[None, None], "_strict")
+
+
+@measure(
+    "footprint-lpips",
+    STRICT,
+    Column("lpips_strict", "LPIPS", "likewise, perceptual distance", better="lower"),
+    networks=("lpips",),
+)
+def outside_footprint_lpips(e: Evidence) -> Numbers:
+    where = ~e.footprint[None, None]
+    distance = perceptual.lpips(e.networks["lpips"], e.source, e.picture, where)
+    return {"lpips_strict": number(distance)}
+
+
+def differences(e: Evidence, where: Tensor, suffix: str) -> Numbers:
+    """PSNR and SSIM over the pixels that count."""
+    return {
+        f"psnr{suffix}": number(pixels.psnr(e.source, e.picture, where)),
+        f"ssim{suffix}": number(pixels.ssim(e.source, e.picture, where)),
+    }
 
 
 # networks --------------------------------------------------------------------------------------
@@ -235,7 +350,8 @@ def detector() -> Any:
         net: Any = Detector.from_pretrained(folder)
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         fix = "Install the package again, or train it: inlay-toybox train detector."
-        raise ModelError(f"cannot be loaded: {error}", where=str(folder), fix=fix) from error
+        reason = " ".join(str(error).split())
+        raise ModelError(f"cannot be loaded: {reason}", where=str(folder), fix=fix) from error
     net.name, net.digest = "toybox/detector", networks.digest_of(net)
     return net
 

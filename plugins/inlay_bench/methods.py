@@ -1,4 +1,5 @@
-"""Methods under test: experiments by name or YAML file, and the sanity rows `copy` and `vae`.
+"""Methods under test: experiments by name or YAML file, and rows to compare with: `copy`, `vae`,
+`twin`, `elsewhere`.
 
 A method turns an item into a picture. Pipelines are loaded once and shared between methods of the
 same model; an experiment keeps its session from item to item.
@@ -6,14 +7,15 @@ same model; an experiment keeps its session from item to item.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inlay_bench.tasks import Item, Task
 from inlay_config import config, manifest, registry
 from inlay_config.config import Experiment
-from inlay_config.errors import ConfigError
+from inlay_config.errors import ConfigError, InputError
 from inlay_config.images import to_pil, to_tensor
 
 if TYPE_CHECKING:
@@ -86,6 +88,35 @@ class RoundTrip:
             return to_pil(backbone.decode(latent, (source.height, source.width)))[0]
 
 
+class Twin:
+    """The true picture with the object, where the item knows it: what a perfect insertion scores.
+
+    elsewhere: the true object moved sideways to a random place, every other pixel the input's: a
+    perfect insertion at another place.
+    """
+
+    def __init__(self, elsewhere: bool = False) -> None:
+        self.name = "elsewhere" if elsewhere else "twin"
+        self.elsewhere = elsewhere
+        place = "moved sideways" if elsewhere else "in its place"
+        self.identity = {"method": f"the true object, {place}"}
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        import numpy as np
+        from PIL import Image
+
+        if "picture" not in item.truth:
+            raise InputError("nobody knows the true picture", where=f"item {item.id}")
+        true, footprint = item.truth["picture"], item.truth["footprint"]
+        shift = 0
+        if self.elsewhere:
+            columns = np.flatnonzero(footprint.any(0))
+            room = -int(columns.min()), footprint.shape[1] - int(columns.max())
+            shift = int(np.random.default_rng(item.seed).integers(*room))
+        inside = np.roll(footprint, shift, 1)[..., None]
+        return Image.fromarray(np.where(inside, np.roll(true, shift, 1), np.asarray(source)))
+
+
 class Edit:
     """An experiment; what the item says takes the place of its prompts, subject, picture and seed.
 
@@ -103,7 +134,7 @@ class Edit:
         resolved = config.to_dict(self.exp)
         for mine in ("input", "out", "seed", "n", "prompt", "subject"):  # an item's, or no matter
             del resolved[mine]
-        self.identity = {"method": resolved, **weights_of(self.exp)}
+        self.identity = {"method": resolved, "plugins": _owners(self.exp), **weights_of(self.exp)}
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
         words = [f"{key}={item.texts[text]}" for key, text in self.task.run.items()]
@@ -131,23 +162,30 @@ class Edit:
 def build(names: Sequence[str], task: Task, overrides: Sequence[str] = ()) -> list[Method]:
     """The methods of `names` in order, then the sanity rows that were not among them.
 
-    Raises ConfigError for an unknown experiment, and for two methods of one name.
+    Raises ConfigError for an unknown experiment, and for a name that is taken.
     """
     pipelines = Pipelines()
     shipped = config.from_dict({"model": task.model}, [w for w in overrides if _of_model(w)])
-    known: dict[str, Any] = {"copy": Copy, "vae": lambda: RoundTrip(shipped, pipelines)}
+    known: dict[str, Callable[[], Method]] = {
+        "copy": Copy,
+        "vae": lambda: RoundTrip(shipped, pipelines),
+        "twin": Twin,
+        "elsewhere": lambda: Twin(elsewhere=True),
+    }
     made: dict[str, Method] = {}
     for name in [*names, *(row for row in SANITY if row not in names)]:
         method = known[name]() if name in known else Edit(name, task, overrides, pipelines)
-        if method.name in made:
-            fix = "Give every experiment a file name of its own."
-            raise ConfigError(f"two methods are called '{method.name}'", where="methods", fix=fix)
+        if method.name in made or method.name == "input":
+            fix = "Give every experiment a file name of its own, other than `input`."
+            raise ConfigError(f"the name '{method.name}' is taken", where="methods", fix=fix)
         made[method.name] = method
     return list(made.values())
 
 
-def drawer(task: Task, overrides: Sequence[str] = ()) -> Edit:
+def drawer(task: Task, overrides: Sequence[str] = ()) -> Edit | None:
     """What draws the inputs of a task whose items have none: text to image, nothing else."""
+    if task.inputs == "given":
+        return None
     plain = Task(run={"prompt.edit": "source"}, inputs="drawn", model=task.model, name=task.name)
     return Edit("t2i", plain, [f"model={task.model}", *overrides], Pipelines())
 
@@ -156,6 +194,14 @@ def weights_of(exp: Experiment) -> dict[str, str]:
     """The digest of a local model's weights; of a hub name, nothing beyond its revision."""
     folder = registry.resolve_model(exp.model)
     return {"weights": manifest.hash_weights(folder)} if Path(folder).is_dir() else {}
+
+
+def _owners(exp: Experiment) -> dict[str, str]:
+    """The versions of the packages that an experiment's plugins come from."""
+    listed = registry.plugins()
+    used = [str((options or {}).get("use", name)) for name, options in exp.plugins.items()]
+    owners = {listed[name]["source"] for name in used if name in listed}
+    return {owner: version(owner) for owner in sorted(owners) if owner}
 
 
 def _of_model(override: str) -> bool:

@@ -22,21 +22,21 @@ from inlay_config.images import whole
 
 FORMAT = 1
 Record = dict[str, Any]
-"""item: its id. state: "done" or "failed". attempt: from 1. seconds: of the method. numbers: what
-was measured, by column, null where it does not apply. error: of a failed item."""
+"""item: its id. state: "done" or "failed". attempt: from 1. input: digest of its picture. seconds:
+of the method. numbers: by column, null where one does not apply. error: of a failed item."""
+
+
+class DiskError(InputError):
+    """The disk is full or cannot be written to."""
 
 
 class Records:
     """The records of one method. `latest` holds the last record of every item, in file order."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], restart: bool = False) -> None:
-        """Open or begin `path`. restart: set what is there aside first.
-
-        Raises InputError for another identity, and for a file that is not what was written.
-        """
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Open or begin `path`. Raises InputError for another identity, and for a file that is not
+        what was written."""
         self.path, self.latest = path, dict[str, Record]()
-        if restart and path.exists():
-            _set_aside(path)
         if path.exists():
             self._read(identity)
         else:
@@ -50,7 +50,7 @@ class Records:
         return record is not None and not (retry_failed and record["state"] == "failed")
 
     def append(self, record: Record) -> None:
-        """Write one record, whole or not at all. Raises InputError when the disk is full."""
+        """Write one record, whole or not at all. Raises DiskError when there is no room."""
         before = self.latest.get(record["item"])
         if before and before["state"] == "done":
             raise ValueError(f"{record['item']} is done already")
@@ -75,11 +75,11 @@ class Records:
         lines = self.path.read_bytes().splitlines()
         header = self._parse(lines[0], 1) if lines else {}
         if header.get("inlay_records") != FORMAT or "identity" not in header:
-            fix = "Choose another --out, or --restart to set this file aside."
+            fix = "Choose another --out, or give --restart to set what is there aside."
             raise InputError("this is no file of records", where=str(self.path), fix=fix)
         if changed := difference(header["identity"], json.loads(_line(identity))):
             problem = "these records are of something else: " + "; ".join(changed)
-            fix = "Choose another --out, or --restart to set the old records aside."
+            fix = "Choose another --out, or give --restart to set what is there aside."
             raise InputError(problem, where=str(self.path), fix=fix)
         for number, text in enumerate(lines[1:], 2):
             record = self._parse(text, number)
@@ -100,7 +100,7 @@ class Records:
         return self._refuse(number, "cannot be read")
 
     def _refuse(self, number: int, problem: str) -> Record:
-        fix = "Delete that line (its item is done again), or set the file aside with --restart."
+        fix = "Delete that line (its item is done again), or give --restart to set all aside."
         raise InputError(f"line {number} {problem}", where=str(self.path), fix=fix)
 
     def _set_torn_line_aside(self) -> None:
@@ -134,6 +134,18 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
+def set_aside(folder: Path) -> None:
+    """Move what an evaluation left in `folder` to `folder/replaced-N`."""
+    mine = [path for path in folder.glob("*") if not path.name.startswith("replaced-")]
+    with on_disk(folder):
+        count = 1
+        while (old := folder / f"replaced-{count}").exists():
+            count += 1
+        for path in mine:
+            old.mkdir(exist_ok=True)
+            path.rename(old / path.name)
+
+
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """What differs between two identities, as `key: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -158,13 +170,6 @@ def _whole_record(record: Record) -> bool:
     return typed and record["state"] in ("done", "failed")
 
 
-def _set_aside(path: Path) -> None:
-    count = 1
-    while (old := path.with_suffix(f".replaced-{count}")).exists():
-        count += 1
-    path.rename(old)
-
-
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
     """A full or unwritable disk as an error for people."""
@@ -173,4 +178,4 @@ def on_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         fix = "Free some space or choose another --out; what is recorded stays, go on any time."
-        raise InputError(f"cannot write there: {reason}", where=str(path), fix=fix) from error
+        raise DiskError(f"cannot write there: {reason}", where=str(path), fix=fix) from error

@@ -16,7 +16,6 @@ from inlay_bench.intervals import Interval, Values
 from inlay_bench.measures import Column
 from inlay_bench.records import on_disk
 from inlay_bench.runner import Evaluation
-from inlay_config.errors import ConfigError
 from inlay_config.images import whole
 
 
@@ -35,22 +34,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What all three forms of the report say."""
+    """What all three forms of the report say. groups: title of a table -> its columns. chance: how
+    often the true object at a random place is well placed, where that is known."""
 
     evaluation: Evaluation
     baseline: str
-    columns: list[Column]
+    groups: dict[str, list[Column]]
     rows: list[Row]
     chance: float | None
 
+    @property
+    def columns(self) -> list[Column]:
+        """All columns, table by table."""
+        return [column for columns in self.groups.values() for column in columns]
+
 
 def summarise(evaluation: Evaluation, baseline: str | None = None) -> Summary:
-    """Means, intervals and paired differences. Raises ConfigError for an unknown baseline."""
+    """Means, intervals and paired differences; baseline: a method of it, the first by default."""
     reference = baseline or evaluation.methods[0]
-    if reference not in evaluation.methods:
-        fix = f"Methods of this report: {', '.join(evaluation.methods)}."
-        raise ConfigError(f"no method '{reference}'", where="baseline", fix=fix)
-    columns = [c for m in evaluation.measures.values() for c in m.columns]
+    groups: dict[str, list[Column]] = {}
+    for measure in evaluation.measures.values():
+        groups.setdefault(measure.group, []).extend(measure.columns)
+    columns = [column for group in groups.values() for column in group]
     drawn = intervals.draws(len(evaluation.items))
     tables = {m: {c.key: column_of(evaluation, m, c.key) for c in columns}
               for m in evaluation.methods}  # fmt: skip
@@ -70,7 +75,7 @@ def summarise(evaluation: Evaluation, baseline: str | None = None) -> Summary:
             )
         )
     known = [i.facts["chance"] for i in evaluation.items if "chance" in i.facts]
-    return Summary(evaluation, reference, columns, rows, float(np.mean(known)) if known else None)
+    return Summary(evaluation, reference, groups, rows, float(np.mean(known)) if known else None)
 
 
 def column_of(evaluation: Evaluation, method: str, key: str) -> Values:
@@ -111,7 +116,7 @@ def as_data(summary: Summary) -> dict[str, Any]:
         "chance": summary.chance,
         "networks": done.networks,
         "left_out": done.absent,
-        "columns": [asdict(column) for column in summary.columns],
+        "tables": {t: [asdict(column) for column in cs] for t, cs in summary.groups.items()},
         "rows": [
             {
                 "method": row.method,
@@ -141,14 +146,28 @@ def _plain(value: float) -> float | None:
 def as_markdown(summary: Summary) -> str:
     """Two tables, means and differences, and what stands behind them."""
     done = summary.evaluation
-    lines = [f"# {done.task.name}", "", f"{done.task.summary} ({len(done.items)} items)", ""]
-    head = [column.title for column in summary.columns]
-    lines += table(["method", *head, "failed"], [_mean_cells(summary, row) for row in summary.rows])
-    lines += ["", f"Difference to `{summary.baseline}` on the same items:", ""]
-    others = [row for row in summary.rows if row.differences]
-    lines += table(["method", *head], [_difference_cells(summary, row) for row in others])
-    lines += ["", *(f"* {note}" for note in notes(summary)), ""]
-    return "\n".join(lines)
+    lines = [f"# {done.task.name}", "", f"{done.task.summary} ({len(done.items)} items)"]
+    for title, columns in summary.groups.items():
+        lines += ["", f"## {title}", "", *group_table(summary, columns)]
+        lines += ["", f"Differences to `{summary.baseline}`, on items that both have:", ""]
+        lines += group_table(summary, columns, differences=True)
+    lines += ["", *(f"* {note}" for note in notes(summary))]
+    lines += [
+        f"* **{c.title}** ({t.lower()}): {c.about}." for t, cs in summary.groups.items() for c in cs
+    ]
+    return "\n".join([*lines, ""])
+
+
+def group_table(
+    summary: Summary, columns: Sequence[Column], differences: bool = False
+) -> list[str]:
+    """Lines of one table: means, or differences to the baseline."""
+    lines = []
+    for row in summary.rows:
+        values = row.differences if differences else row.values
+        if values:
+            lines.append([row.method, *(shown(values[c.key], c, differences) for c in columns)])
+    return table(["method", *(c.title for c in columns)], lines)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -165,11 +184,12 @@ def notes(summary: Summary) -> list[str]:
     ]
     said += [f"`{name}` is {net['name']} ({net['digest']})." for name, net in done.networks.items()]
     said += [f"`{name}` was left out: {why}" for name, why in done.absent.items()]
+    said += [f"`{r.method}` failed on {r.failed} items." for r in summary.rows if r.failed]
     if summary.chance is not None:
         said.append(
             f"Chance: the true object at a random place is well placed in {summary.chance:.3f}."
         )
-    return [*said, *done.task.notes]
+    return [*said, *(" ".join(note.split()) for note in done.task.notes)]
 
 
 def shown(value: Interval, column: Column, sign: bool = False) -> str:
@@ -180,13 +200,3 @@ def shown(value: Interval, column: Column, sign: bool = False) -> str:
         f"{x:{'+' if sign else ''}.{column.digits}f}" for x in (value.mean, value.low, value.high)
     )
     return f"{mean} [{low}, {high}]"
-
-
-def _mean_cells(summary: Summary, row: Row) -> list[str]:
-    cells = [shown(row.values[column.key], column) for column in summary.columns]
-    return [row.method, *cells, str(row.failed)]
-
-
-def _difference_cells(summary: Summary, row: Row) -> list[str]:
-    cells = [shown(row.differences[c.key], c, sign=True) for c in summary.columns]
-    return [row.method, *cells]

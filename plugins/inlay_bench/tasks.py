@@ -93,8 +93,12 @@ class Task:
 
     def items(self, n: int, seed: int) -> list[Item]:
         """The first n items. Raises InputError for none, and for two of one id."""
-        found = PROVIDERS[self.data.provider](seed, **self.data.options)
-        items, where = list(islice(found, n)), f"task {self.name}"
+        where = f"task {self.name}"
+        try:
+            found = PROVIDERS[self.data.provider](seed, **self.data.options)
+        except TypeError as error:
+            raise ConfigError(str(error), where=f"{where}: data.options") from error
+        items = list(islice(found, n))
         if not items:
             fix = "Look at the options of its data."
             raise InputError("it has no items", where=where, fix=fix)

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from inlay_bench.report import Summary
 
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+
 
 class Progress:
     """One bar per method on stderr; where that is no terminal, a line when a method is done."""
@@ -45,10 +47,20 @@ class Progress:
 
 
 def show(summary: Summary) -> None:
-    """The means as a table on the terminal."""
-    table = Table("method", *(c.title for c in summary.columns), "failed", box=box.SIMPLE_HEAD)
+    """The means, a table per group of columns."""
+    console = Console(highlight=False)
+    for title, columns in summary.groups.items():
+        heads = (f"{c.title}{ARROWS[c.better]}" for c in columns)
+        table = Table("method", *heads, box=box.SIMPLE_HEAD, title=title, title_justify="left")
+        for row in summary.rows:
+            values = [(row.values[c.key], c.digits) for c in columns]
+            cells = [f"{v.mean:.{digits}f}" if v.n else "–" for v, digits in values]
+            table.add_row(row.method, *cells)
+        console.print(table)
     for row in summary.rows:
-        values = [(row.values[c.key], c.digits) for c in summary.columns]
-        cells = [f"{v.mean:.{digits}f}" if v.n else "–" for v, digits in values]
-        table.add_row(row.method, *cells, str(row.failed))
-    Console().print(table)
+        if row.failed:
+            console.print(
+                f"{row.method} failed on {row.failed} items; --retry failed does them again"
+            )
+    for name, why in summary.evaluation.absent.items():
+        console.print(f"{name} was left out: {why}")
