@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from inlay_bench import fetch
+from inlay_bench import inception as fid
+from inlay_bench import packages
 from inlay_config.errors import ModelError
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ class ClipEncoder:
 class Lpips:
     """LPIPS 0.1 (Zhang et al., 2018), held by the `lpips` package's class."""
 
-    def __init__(self, net: nn.Module, name: str, digest: str):
-        self.net, self.name, self.digest = net, name, digest
+    def __init__(self, net: nn.Module, trunk: str, digest: str):
+        self.net, self.name, self.digest = net, f"LPIPS 0.1 ({trunk})", digest
 
     def distances(self, x: Tensor, y: Tensor) -> Tensor:
         return self._run(x, y, spatial=False).flatten()
@@ -143,6 +144,18 @@ class Lpips:
         self.net.spatial = spatial  # type: ignore[assignment]  # a plain attribute of the class
         parameter = next(self.net.parameters())
         return self.net(x.to(parameter), y.to(parameter), normalize=True)
+
+
+class FidInception:
+    """The FID's features, 2048 numbers per picture."""
+
+    name = "FID Inception (2015)"
+
+    def __init__(self, net: nn.Module, digest: str):
+        self.net, self.digest = net, digest
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net(fid.prepare(x.to(next(self.net.parameters()))))
 
 
 def judge(device: str | torch.device = "cpu") -> ClipEncoder:
@@ -157,32 +170,61 @@ def lpips(net: str = "alex", device: str | torch.device = "cpu") -> Lpips:
 
     Raises ModelError when they were not fetched, or do not fit.
     """
+    weights = fetched("lpips", f"{net}.safetensors")
+    return Lpips(filled(blank_lpips(net), weights).to(device), net, file_digest(weights))
+
+
+def inception(device: str | torch.device = "cpu") -> FidInception:
+    """The network of the FID, from the fetched weights.
+
+    Raises ModelError when they were not fetched, or do not fit.
+    """
+    weights = fetched("fid", "inception.safetensors")
+    return FidInception(filled(blank_inception(), weights).to(device), file_digest(weights))
+
+
+def blank_lpips(net: str) -> nn.Module:
+    """The `lpips` package's class without values."""
     import lpips as package
 
-    weights = fetched("lpips", f"{net}.safetensors")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision deprecates the spelling the package uses
-        empty = package.LPIPS(pretrained=False, pnet_rand=True, net=net, verbose=False)
-    return Lpips(filled(empty, weights).to(device), f"LPIPS 0.1 ({net})", file_digest(weights))
+        return package.LPIPS(pretrained=False, pnet_rand=True, net=net, verbose=False)
+
+
+def blank_inception() -> nn.Module:
+    """The FID's network without values."""
+    with torch.device("meta"):
+        return fid.network()
 
 
 def fetched(kind: str, file: str) -> Path:
     """A fetched file. Raises ModelError, with the command that fetches it."""
-    path = fetch.folder(kind) / file
+    path = packages.folder(kind) / file
     if not path.is_file():
         fix = f"Run `inlay models fetch {kind}`."
         raise ModelError(f"'{path}' has not been fetched", where=f"the network {kind}", fix=fix)
     return path
 
 
-def filled(empty: nn.Module, weights: Path) -> nn.Module:
+def filled(blank: nn.Module, weights: Path) -> nn.Module:
     """A module without values, given those of a file. Raises ModelError unless every one fits."""
+    fix = "Delete it and run `inlay models fetch` again."
     try:
-        empty.load_state_dict(load_file(weights), strict=True, assign=True)
-    except (SafetensorError, RuntimeError) as error:
-        fix = "Delete it and run `inlay models fetch` again."
-        raise ModelError(f"weights do not fit: {error}", where=str(weights), fix=fix) from error
-    return empty.eval().requires_grad_(False)
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot be read: {error}", where=str(weights), fix=fix) from error
+    return fill(blank, tensors, str(weights), fix)
+
+
+def fill(blank: nn.Module, tensors: dict[str, Tensor], where: str, fix: str = "") -> nn.Module:
+    """A module without values, given these. Raises ModelError unless every one fits."""
+    try:
+        blank.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise ModelError(f"the weights do not fit: {told}", where=where, fix=fix) from error
+    return blank.eval().requires_grad_(False)
 
 
 def file_digest(path: Path) -> str:
