@@ -74,7 +74,7 @@ def test_weights_behind_a_link_are_not_counted_twice(tmp_path):
     (tmp_path / "sd" / "unet").mkdir(parents=True)
     save_file({"w": torch.zeros(3, 5), "b": torch.zeros(())}, tmp_path / "vae/m.safetensors")
     save_file({"w": torch.zeros(7)}, tmp_path / "sd/unet/m.safetensors")
-    (tmp_path / "sd" / "vae").symlink_to("../vae")
+    (tmp_path / "sd" / "vae.safetensors").symlink_to("../vae/m.safetensors")
     assert report.size(tmp_path / "vae").parameters == 16
     assert report.size(tmp_path / "sd").parameters == 7
 

@@ -27,8 +27,8 @@ class Size:
 
 
 def size(model: Path) -> Size:
-    """Counts the weights below a folder; those behind a link belong to the model it points to."""
-    files = [file for file in model.rglob("*.safetensors") if not _linked(file, model)]
+    """Counts the weights below a folder; a link belongs to the model it points to."""
+    files = [file for file in model.rglob("*.safetensors") if not file.is_symlink()]
     count = 0
     for file in files:
         with safe_open(file, "pt") as weights:
@@ -38,10 +38,6 @@ def size(model: Path) -> Size:
                     length *= side
                 count += length
     return Size(count, sum(file.stat().st_size for file in files))
-
-
-def _linked(file: Path, model: Path) -> bool:
-    return any(parent.is_symlink() for parent in file.parents if model in parent.parents)
 
 
 def own(name: str) -> Size:
