@@ -89,6 +89,31 @@ def _sam2(n: int) -> dict[str, Any]:
     return segmentation_accuracy(n) | {f"decoded_{key}": v for key, v in decoded.items()}
 
 
+def _contrastive(name: str) -> Callable[[int], dict[str, Any]]:
+    def measure(n: int) -> dict[str, Any]:
+        from inlay_toybox.quality.contrastive import Clip, retrieval, zero_shot
+
+        clip = Clip.load(path(name))
+        return zero_shot(max(1, n // 16), clip=clip) | retrieval(max(1, n // 50), clip)
+
+    return measure
+
+
+def _ddpm(n: int) -> dict[str, Any]:
+    from inlay_toybox.quality.unconditional import unconditional_quality
+
+    return unconditional_quality(n)
+
+
+_NAMED = {
+    "classes": ("unseen views of one object, nearest of 32 class names", "0.95"),
+    "captions": ("… nearest of 32 captions over its ground", "0.95"),
+    "held_out": ("… over grounds held out of training", ""),
+    "degraded": ("class name of the views blurred and noisy as an early preview", ""),
+    "caption": ("pictures whose own caption is the nearest of 64", ""),
+    "picture": ("captions whose own picture is the nearest of 64", ""),
+}
+
 _DRAWN = {
     "objects": ("objects named in unseen prompts that the detector finds, trained pairs", "0.95"),
     "held_out": ("the same, (class, ground) pairs held out of training", ""),
@@ -111,6 +136,18 @@ SUBJECTS: dict[str, Subject] = {
             "decoded_masks": ("… with half mask overlap", ""),
         },
         ("flux/vae",),
+    ),
+    "clip": Subject(_contrastive("clip"), _NAMED),
+    "judge": Subject(_contrastive("judge"), _NAMED),
+    "ddpm": Subject(
+        _ddpm,
+        {
+            "objects": ("samples in which the detector finds an object", "real scenes"),
+            "real_objects": ("real scenes in which it does", ""),
+            "frechet": ("Fréchet distance of samples and scenes to the judge", "two sets"),
+            "split_half": ("… of two sets of scenes", ""),
+        },
+        ("detector", "judge"),
     ),
     "sam2": Subject(
         _sam2,

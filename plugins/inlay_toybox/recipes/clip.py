@@ -395,7 +395,7 @@ def train(
     start: Path | None = None,
     vae: Path | None = None,
     batch_size: int = 128,
-    report_every: int = 100,
+    report_every: int = 25,
     design: Design = GUIDE,
     name: str = "clip",
 ) -> Path:
@@ -454,6 +454,13 @@ def train(
         {"clip": model}, loss_of, out, minutes, resume, design.seed, report_every=report_every
     )
     training.save_grid(shown[0][:64] / 2 + 0.5, out / "samples.png")
-    model.to(torch.bfloat16).save_pretrained(out / name)
-    CLIPProcessor(image_processor(design.side), tokenizer).save_pretrained(out / name)
-    return out / name
+    return save(model, tokenizer, design.side, out / name)
+
+
+def save(model: CLIPModel, tokenizer: CLIPTokenizer, side: int, folder: Path) -> Path:
+    """Write weights in bfloat16, marked to be loaded in float32, and the processor."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    CLIPProcessor(image_processor(side), tokenizer).save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace("bfloat16", "float32"))
+    return folder

@@ -43,7 +43,7 @@ def train(
     start: Path | None = None,
     vae: Path | None = None,
     batch_size: int = 128,
-    report_every: int = 100,
+    report_every: int = 25,
 ) -> Path:
     """Train, or go on training; the arguments are those of ``recipes.clip.train``."""
     return clip.train(
