@@ -20,7 +20,7 @@ import folders
 import inlay_toybox
 from inlay.cli import main as cli
 from inlay.cli.experiment import execute
-from inlay_bench import measures, methods, runner, tasks
+from inlay_bench import measures, methods, pictures, runner, tasks
 from inlay_bench.measures import MEASURES, NETWORKS
 from inlay_config import config
 from inlay_config.errors import ConfigError, InlayError, InputError, ModelError
@@ -99,6 +99,29 @@ def test_a_changed_method_task_or_input_is_refused(tmp_path: Path) -> None:
     runner.evaluate(bench_cases.task(), [lighter], tmp_path, 2, restart=True)
     assert (tmp_path / "replaced-1" / "plain.jsonl").is_file()
     assert lighter.asked == ["0000", "0001"]
+
+
+def test_pictures_are_measured_again_without_being_made_again(tmp_path: Path) -> None:
+    before = bench_cases.evaluate(tmp_path, n=4, methods=("flaky",))
+    again, task = bench_cases.Brighter("flaky", 20), bench_cases.task()
+    task.measures = ["test-brightness", "footprint"]
+    with pytest.raises(InputError, match=r"measures\.named.*--remeasure"):
+        runner.evaluate(task, [again], tmp_path, 4)
+    done = runner.evaluate(task, [again], tmp_path, 4, remeasure=True)
+    assert again.asked == ["0003"]  # it had failed and left no picture
+    old, new = (e.records["flaky"]["0001"] for e in (before, done))
+    assert new["numbers"]["brightness"] == old["numbers"]["brightness"]
+    assert new["numbers"]["psnr_strict"] < 99 and new["seconds"] == old["seconds"]
+
+
+def test_a_picture_of_something_else_or_broken_is_made_again(tmp_path: Path) -> None:
+    bench_cases.evaluate(tmp_path, n=3)
+    paths = [pictures.path_of(tmp_path, "plain", f"{i:04d}") for i in range(3)]
+    paths[0].write_bytes(paths[0].read_bytes()[:60])
+    Image.new("RGB", (8, 8)).save(paths[1])
+    again = bench_cases.method("plain")
+    runner.evaluate(bench_cases.task(), [again], tmp_path, 3, remeasure=True)
+    assert again.asked == ["0000", "0001"]
 
 
 def test_an_input_that_is_not_the_recorded_one_is_refused(
@@ -309,6 +332,6 @@ def test_drawn_inputs_are_what_the_method_draws_again(tmp_path: Path) -> None:
     words = ["steps=2", *(f"{key}={item.texts[text]}" for key, text in task.run.items())]
     exp = config.load("addit", [*words, f"plugins.source_trajectory.seed={item.seed}"])
     result = execute(exp)
-    with Image.open(runner.picture_path(tmp_path, "input", item.id)) as drawn:
+    with Image.open(pictures.path_of(tmp_path, "input", item.id)) as drawn:
         again = (result.images["source"][0].permute(1, 2, 0) * 255).round().byte().numpy()
         assert np.array_equal(np.asarray(drawn), again)

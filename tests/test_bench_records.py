@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import bench_cases
-from inlay_bench import records, runner
+from inlay_bench import pictures, records
+from inlay_bench.pictures import digest_of
 from inlay_bench.records import DiskError, Records
 from inlay_config.errors import InputError
+from inlay_config.images import open_image
 
 IDENTITY = {"method": "test", "weights": "abc", "versions": {"inlay": "1"}}
 
@@ -92,6 +95,12 @@ def test_another_identity_is_refused_with_the_difference(path: Path) -> None:
     assert "--restart" in str(refused.value)
 
 
+def test_other_networks_alone_ask_for_another_measurement(path: Path) -> None:
+    Records(path, {"pictures": {"seed": 0}, "measures": {"networks": {"judge": "a"}}})
+    with pytest.raises(InputError, match=r"measures\.networks\.judge: .*--remeasure"):
+        Records(path, {"pictures": {"seed": 0}, "measures": {"networks": {"judge": "b"}}})
+
+
 def test_failed_items_may_be_done_again_and_done_ones_may_not(path: Path) -> None:
     book = fill(path, 1)
     book.append({"item": "f", "state": "failed", "error": "no"})
@@ -127,12 +136,11 @@ def test_a_full_disk_ends_the_evaluation_and_it_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench_cases.evaluate(tmp_path, n=2)
-    from inlay_bench import runner as module
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "save", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(DiskError, match=r"0002\.png: cannot write there: No space left"):
         bench_cases.evaluate(tmp_path, n=4)
     monkeypatch.undo()
@@ -177,8 +185,8 @@ def test_kills_at_any_moment_lose_and_repeat_nothing(tmp_path: Path) -> None:
         assert written(killed, method) == written(plain, method)
         for item in written(plain, method):
             if item["state"] == "done":
-                pictures = [runner.picture_path(f, method, item["item"]) for f in (killed, plain)]
-                assert pictures[0].read_bytes() == pictures[1].read_bytes()
+                paths = [pictures.path_of(f, method, item["item"]) for f in (killed, plain)]
+                assert digest_of(open_image(paths[0])) == digest_of(open_image(paths[1]))
 
 
 def written(folder: Path, method: str) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ def test_json_has_every_number_and_null_for_none(evaluation: Evaluation) -> None
     assert [row["method"] for row in data["rows"]] == ["flaky", "plain", "brighter"]
     assert data["tables"]["Light"][0]["key"] == "brightness"
     assert set(data["rows"][1]["values"]["gain"]) == {"mean", "low", "high", "n"}
-    assert data["identities"]["plain"]["method"] == {"light": 10}
+    assert data["identities"]["plain"]["pictures"]["method"] == {"light": 10}
 
 
 def test_markdown_tables_are_whole(evaluation: Evaluation) -> None:

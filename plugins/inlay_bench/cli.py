@@ -34,7 +34,12 @@ def evaluate(
         str | None, typer.Option(help="Method that others are compared to; the first if not given.")
     ] = None,
     retry: Annotated[str | None, typer.Option(metavar="failed", help="Do those again.")] = None,
-    restart: Annotated[bool, typer.Option(help="Set aside what --out holds.")] = False,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure the pictures in --out again.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Set aside what is in --out; begin anew.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare methods on a task; write records, pictures and a report. Resumes where it stopped."""
@@ -53,7 +58,7 @@ def evaluate(
     if baseline is not None and baseline not in (names := [method.name for method in made]):
         fix = f"One of {', '.join(names)}."
         raise ConfigError(f"no method '{baseline}'", where="--baseline", fix=fix)
-    again = {"retry_failed": retry == "failed", "restart": restart}
+    again = {"retry_failed": retry == "failed", "remeasure": remeasure, "restart": restart}
     hush_loading_bars()
     try:
         with Progress(quiet=as_json) as progress:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from inlay_bench.intervals import Interval
 from inlay_bench.measures import Column
 from inlay_bench.methods import SANITY
+from inlay_bench.pictures import path_of
 
 if TYPE_CHECKING:
     from inlay_bench.report import Row, Summary
@@ -191,9 +192,7 @@ def _item(summary: Summary, item: Item) -> Iterator[str]:
 
 
 def _figure(summary: Summary, method: str, item: Item, below: str) -> str:
-    from inlay_bench.runner import picture_path
-
-    path = picture_path(summary.evaluation.folder, method, item.id)
+    path = path_of(summary.evaluation.folder, method, item.id)
     image = f'<div style="height:{SIDE}px"></div>'
     if path.is_file():
         data = base64.b64encode(path.read_bytes()).decode()

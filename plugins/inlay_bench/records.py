@@ -12,7 +12,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ of the method. numbers: by column, null where one does not apply. error: of a fa
 
 class DiskError(InputError):
     """The disk is full or cannot be written to."""
+
+
+class OtherIdentity(InputError):
+    """Records that are there are of something else."""
 
 
 class Records:
@@ -80,7 +84,9 @@ class Records:
         if changed := difference(header["identity"], json.loads(_line(identity))):
             problem = "these records are of something else: " + "; ".join(changed)
             fix = "Choose another --out, or give --restart to set what is there aside."
-            raise InputError(problem, where=str(self.path), fix=fix)
+            if all(line.startswith("measures.") for line in changed):
+                fix = "Give --remeasure to measure its pictures again, or choose another --out."
+            raise OtherIdentity(problem, where=str(self.path), fix=fix)
         for number, text in enumerate(lines[1:], 2):
             record = self._parse(text, number)
             before = self.latest.get(record.get("item", ""))
@@ -134,9 +140,10 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def set_aside(folder: Path) -> None:
-    """Move what an evaluation left in `folder` to `folder/replaced-N`."""
-    mine = [path for path in folder.glob("*") if not path.name.startswith("replaced-")]
+def set_aside(folder: Path, beside: Collection[str] = ()) -> None:
+    """Move what an evaluation left in `folder`, but for `beside`, to `folder/replaced-N`."""
+    stays = (".lock", *beside)
+    mine = [p for p in folder.iterdir() if p.name not in stays and not p.match("replaced-*")]
     with on_disk(folder):
         count = 1
         while (old := folder / f"replaced-{count}").exists():

@@ -9,16 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from inlay_bench import measures
 from inlay_bench.measures import MEASURES, Measure
 from inlay_bench.methods import Method
-from inlay_bench.records import DiskError, Record, Records, locked, on_disk, set_aside
+from inlay_bench.pictures import Sources, Stamp, digest, digest_of, kept, path_of, store
+from inlay_bench.records import DiskError, Record, Records, locked, set_aside
 from inlay_bench.tasks import Item, Task
 from inlay_config import manifest
 from inlay_config.errors import InputError, ModelError
-from inlay_config.images import open_image, save
 
 Callback = Callable[[str, int, int, str], None]
 """(method, items done, items, note)"""
@@ -49,34 +47,36 @@ def evaluate(
     seed: int = 0,
     draw: Method | None = None,
     retry_failed: bool = False,
+    remeasure: bool = False,
     restart: bool = False,
     callback: Callback | None = None,
 ) -> Evaluation:
     """Run what is not recorded yet in `out`, then return all of it.
 
-    draw: of a task whose inputs are drawn (`methods.drawer`). A method that raises on an item is
-    recorded and counted. Raises InputError when `out` holds records of something else, DiskError
-    when it cannot be written to.
+    draw: of a task whose inputs are drawn (`methods.drawer`). retry_failed: do those again.
+    remeasure: set the records aside and make them again from the pictures. restart: set everything
+    aside. A method that raises on an item is recorded and counted. Raises InputError when `out`
+    holds records of something else, DiskError when it cannot be written to.
     """
     items = task.items(n or task.n, seed)
     networks, absent = load_networks(task)
     chosen = {name: MEASURES[name] for name in task.measures if name not in absent}
-    fixed = identity(task, networks, absent, seed, draw)
     with locked(out):
-        if restart:
-            set_aside(out)
-        identities = {m.name: {**fixed, **m.identity} for m in methods}
+        if restart or remeasure:
+            set_aside(out, beside=() if restart else ("pictures",))
+        identities = {m.name: identity(task, m, networks, absent, seed, draw) for m in methods}
         books = {m.name: Records(out / f"{m.name}.jsonl", identities[m.name]) for m in methods}
         sources = Sources(out, draw)
         for method in methods:
-            book = books[method.name]
+            book, made_by = books[method.name], digest(identities[method.name]["pictures"])
             for i, item in enumerate(items):
                 if book.done(item.id, retry_failed):
                     check_input(item, book)
                     continue
                 if callback:
                     callback(method.name, i, len(items), item.texts.get("target", item.id))
-                book.append(attempt(method, item, sources, out, chosen, networks))
+                path = path_of(out, method.name, item.id)
+                book.append(attempt(method, item, sources, path, made_by, chosen, networks))
             if callback:
                 callback(method.name, len(items), len(items), "")
     return Evaluation(
@@ -97,21 +97,23 @@ def attempt(
     method: Method,
     item: Item,
     sources: Sources,
-    out: Path,
+    path: Path,
+    made_by: str,
     chosen: Mapping[str, Measure],
     networks: Mapping[str, Any],
 ) -> Record:
-    """One item by one method: its picture on disk, then its record. What the method raises is the
+    """One item by one method: its picture in `path`, then its record. What the method raises is the
     record of a failed item; a disk that cannot be written to ends the evaluation."""
     record: Record = {"item": item.id, "state": "failed"}
     try:
         source = sources(item)
-        record["input"] = manifest.hash_image(source)[:12]
-        started = time.perf_counter()
-        picture = method(item, source)
-        seconds = time.perf_counter() - started
-        store(picture, picture_path(out, method.name, item.id))
-        seen = measures.evidence(item, source, picture, networks)
+        record["input"] = digest_of(source)
+        drawn = kept(path, made_by, record["input"])
+        if drawn is None:
+            started = time.perf_counter()
+            drawn = method(item, source), round(time.perf_counter() - started, 3)
+            store(drawn[0], path, Stamp(made_by, record["input"], drawn[1]))
+        seen = measures.evidence(item, source, drawn[0], networks)
         numbers: dict[str, float | None] = {}
         for each in chosen.values():
             numbers |= each.function(seen)
@@ -119,47 +121,16 @@ def attempt(
         raise
     except Exception as error:  # a method under test may raise anything
         return {**record, "error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
-    return {**record, "state": "done", "seconds": round(seconds, 3), "numbers": numbers}
+    return {**record, "state": "done", "seconds": drawn[1], "numbers": numbers}
 
 
 def check_input(item: Item, book: Records) -> None:
     """Raise InputError when an item was recorded with another input than it has now."""
     then = book.latest[item.id].get("input")
-    if item.picture is not None and then not in (None, manifest.hash_image(item.picture)[:12]):
+    if item.picture is not None and then not in (None, digest_of(item.picture)):
         fix = "Choose another --out, or give --restart to set what is there aside."
         where = f"{book.path}, item {item.id}"
         raise InputError("its input has changed since it was recorded", where=where, fix=fix)
-
-
-class Sources:
-    """The inputs of items, on disk beside the results: given, or drawn once."""
-
-    def __init__(self, out: Path, draw: Method | None) -> None:
-        self.out, self.draw = out, draw
-
-    def __call__(self, item: Item) -> Image.Image:
-        path = picture_path(self.out, "input", item.id)
-        if path.is_file() and item.picture is None:
-            return open_image(path)
-        picture = item.picture
-        if picture is None:
-            if self.draw is None:
-                raise InputError("it has no picture", where=f"item {item.id}")
-            picture = self.draw(item, Image.new("RGB", (1, 1)))
-        store(picture, path)
-        return picture
-
-
-def picture_path(out: Path, method: str, item: str) -> Path:
-    """Where the picture of an item lies."""
-    return out / "pictures" / method / f"{item}.png"
-
-
-def store(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all. Raises DiskError when there is no room."""
-    with on_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(picture, path)
 
 
 def load_networks(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
@@ -179,20 +150,27 @@ def load_networks(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
 
 def identity(
     task: Task,
+    method: Method,
     networks: Mapping[str, Any],
     absent: Mapping[str, str],
     seed: int,
     draw: Method | None,
-) -> dict[str, Any]:
-    """What records depend on beside their method."""
-    beside = ("n", "summary", "notes")  # they change no record
+) -> dict[str, dict[str, Any]]:
+    """Everything that a method's records depend on: what makes its pictures, what measures them."""
+    said = asdict(task)
     return {
-        "task": {k: v for k, v in asdict(task).items() if k not in beside},
-        "seed": seed,
-        "inputs": draw.identity if draw else "given",
-        "networks": {name: f"{net.name} {net.digest}" for name, net in networks.items()},
-        "left out": sorted(absent),
-        "versions": {name: version(name) for name in manifest.PACKAGES},
+        "pictures": {
+            **{key: said[key] for key in ("name", "data", "inputs", "run", "seeds")},
+            "drawn by": draw.identity if draw else None,
+            "seed": seed,
+            **method.identity,
+            "versions": {name: version(name) for name in manifest.PACKAGES},
+        },
+        "measures": {
+            "named": task.measures,
+            "left out": sorted(absent),
+            "networks": {name: f"{net.name} {net.digest}" for name, net in networks.items()},
+        },
     }
 
 
