@@ -8,11 +8,13 @@ folder from elsewhere cannot make this process run other code.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sam2.modeling.backbones.hieradet import Hiera
@@ -74,6 +76,21 @@ def _instantiate(node: Any, where: str) -> Any:
         raise ModelError(problem, where=where) from error
 
 
+def read_config(file: str | Path) -> dict[str, Any]:
+    """A configuration as plain mappings and lists, its interpolations left as they are.
+
+    Raises:
+        ModelError: the file is no YAML mapping.
+    """
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"not YAML: {error}", where=str(file)) from error
+    if not isinstance(config, dict):
+        raise ModelError("no mapping with the key 'model'", where=str(file))
+    return {str(key): value for key, value in config.items()}
+
+
 def load(folder: str | Path | None = None) -> SAM2Base:
     """A model in float32 and evaluation mode; the shipped ``toybox/sam2`` by default.
 
@@ -88,13 +105,7 @@ def load(folder: str | Path | None = None) -> SAM2Base:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"{name} is missing", where=str(folder))
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"not YAML: {error}", where=str(folder / CONFIG)) from error
-    if not isinstance(config, dict):
-        raise ModelError("no mapping with the key 'model'", where=str(folder / CONFIG))
-    model = build(config)
+    model = build(read_config(folder / CONFIG))
     where = str(folder / WEIGHTS)
     try:
         weights = {k: v.float() for k, v in load_file(folder / WEIGHTS).items()}
@@ -125,7 +136,9 @@ def predictor(model: str | Path | SAM2Base | None = None) -> SAM2ImagePredictor:
     low-resolution logits of 4 × the image embedding as ``mask_input``.
     """
     loaded = load(model) if model is None or isinstance(model, (str, Path)) else model
-    predictor = SAM2ImagePredictor(loaded)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
+        predictor = SAM2ImagePredictor(loaded)
     # The package writes down the feature maps of 1024-pixel models; these are the model's own.
     side = loaded.image_size // loaded.backbone_stride
     predictor._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
