@@ -316,13 +316,15 @@ def train(
 
 @torch.no_grad()
 def sample(model: SAM2Base, seed: int, n: int = 24) -> torch.Tensor:
-    """Scenes with the mask of one click on each object laid over them: ``[n, 3, 64, 64]`` in
+    """Scenes with the mask of one random click on each object laid over them: ``[n, 3, 64, 64]`` in
     0..1, the body's overlap in green, what is too much in red, what is missing in blue.
     """
     data = training.batch(range(seed, seed + n), SIDE)
     index, truth = bodies(data)
     maps = [level[index] for level in features(model, data.images.to(model.device))]
-    click = draw_pixels(inside(truth)), torch.ones(len(truth), 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        click = draw_pixels(inside(truth)), torch.ones(len(truth), 1)
     logits, quality = decode(model, maps, click)
     best = logits[torch.arange(len(truth)), 1 + quality[:, 1:].argmax(1)][:, None].cpu()
     seen = F.interpolate(best, truth.shape[-2:], mode="bilinear") > 0
