@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from safetensors.torch import load_file, save_file
 import bench_cases
 import folders
 import inlay_toybox
+import pages
 from inlay.cli import main as cli
 from inlay.cli.experiment import execute
 from inlay_bench import measures, methods, pictures, runner, tasks
 from inlay_bench.measures import MEASURES, NETWORKS
 from inlay_config import config
-from inlay_config.errors import ConfigError, InlayError, InputError, ModelError
+from inlay_config.errors import ConfigError, InlayError, InputError, ModelError, PluginError
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -335,3 +337,46 @@ def test_drawn_inputs_are_what_the_method_draws_again(tmp_path: Path) -> None:
     with Image.open(pictures.path_of(tmp_path, "input", item.id)) as drawn:
         again = (result.images["source"][0].permute(1, 2, 0) * 255).round().byte().numpy()
         assert np.array_equal(np.asarray(drawn), again)
+
+
+# other packages ----------------------------------------------------------------------------------
+
+
+def test_the_documented_provider_and_measure_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = pages.read("docs/benchmarks.md")
+    (code,) = pages.blocks(page, "python")
+    (tmp_path / "my_bench.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("my_bench", "my_bench", "inlay.bench")
+    monkeypatch.setattr(tasks, "entry_points", lambda group: [point])
+    path = tmp_path / "dark.yaml"
+    path.write_text(
+        "{summary: dark, data: {provider: grey-squares, options: {side: 8}}, measures: [darkness]}"
+    )
+    done = runner.evaluate(tasks.load(str(path)), [methods.Copy()], tmp_path / "out", 3)
+    assert mean(done, "copy")["darkness"] == pytest.approx(1 - 1 / 255)
+
+
+def test_a_package_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("theirs", "not_installed_bench", "inlay.bench")
+    monkeypatch.setattr(tasks, "entry_points", lambda group: [point])
+    with pytest.raises(PluginError, match=r"entry point theirs \(not_installed_bench\)"):
+        tasks.load("toybox-affordance")
+
+
+def test_the_documented_task_loads(tmp_path: Path) -> None:
+    (text,) = pages.blocks(pages.read("docs/benchmarks.md"), "yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert tasks.load(str(path)).n == 50
+
+
+def test_every_column_and_task_is_documented() -> None:
+    page = pages.read("docs/benchmarks.md")
+    for name in tasks.names():
+        assert f"`{name}`" in page
+        for measure in tasks.load(name).measures:
+            for column in MEASURES[measure].columns:
+                assert column.title.removesuffix(", dB") in page, column.title

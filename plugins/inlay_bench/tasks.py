@@ -6,9 +6,11 @@ item, and registered measures. Nothing in it imports code.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from inlay_config.config import read_yaml, suggest
-from inlay_config.errors import ConfigError, InputError
+from inlay_config.errors import ConfigError, InputError, PluginError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,9 +141,9 @@ def load(name: str) -> Task:
 
 
 def _check(task: Task, where: str) -> None:
-    from inlay_bench import providers  # noqa: F401  registers what ships here
     from inlay_bench.measures import MEASURES
 
+    register_all()
     known: tuple[tuple[str, list[str], Any], ...] = (
         ("data.provider", [task.data.provider], PROVIDERS),
         ("inputs", [task.inputs], ("given", "drawn")),
@@ -157,3 +159,18 @@ def _check(task: Task, where: str) -> None:
     if task.n < 1 or not task.measures:
         key = "n" if task.n < 1 else "measures"
         raise ConfigError("must be one or more", where=f"{where}: {key}")
+
+
+def register_all() -> None:
+    """Import what registers providers and measures: ours, and the modules that other packages name
+    in the entry point group `inlay.bench`. Raises PluginError for one that cannot be imported."""
+    importlib.import_module("inlay_bench.providers")
+    for point in sorted(entry_points(group="inlay.bench")):
+        try:
+            point.load()
+        except Exception as error:  # another package's module may raise anything
+            owner = point.dist.name if point.dist else "its package"
+            problem = f"cannot be imported: {type(error).__name__}: {error}"
+            fix = f"Reinstall {owner}, or remove it."
+            where = f"entry point {point.name} ({point.value})"
+            raise PluginError(problem, where=where, fix=fix) from error
