@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # sam2's optional CUDA extension is not worth a compiler.
 export SAM2_BUILD_CUDA ?= 0
 
-.PHONY: demo test test-goldens bench quality lint clean
+.PHONY: demo test test-goldens test-fetch bench quality lint clean
 
 demo: $(READY)
 	$(BIN)/inlay run demo --out outputs/demo
@@ -22,6 +22,9 @@ test: $(READY)
 
 test-goldens: $(READY)
 	$(BIN)/python -m pytest -m goldens $(ARGS)
+
+test-fetch: $(READY)
+	$(BIN)/python -m pytest -m fetch $(ARGS)
 
 bench: $(READY)
 	rm -rf outputs/bench

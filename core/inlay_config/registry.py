@@ -58,6 +58,19 @@ def models() -> dict[str, dict[str, Any]]:
     return _shipped()["models"]
 
 
+def downloads() -> dict[str, dict[str, Any]]:
+    """What can be fetched: name -> function ("module:function"), summary, licence."""
+    return _shipped()["downloads"]
+
+
+def fetch(name: str) -> Path:
+    """Fetch the weights registered as `name` unless they are here; the file they are in."""
+    if name not in downloads():
+        raise ModelError(f"nothing to fetch is called '{name}'", fix=suggest(name, downloads()))
+    module, _, function = downloads()[name]["function"].partition(":")
+    return Path(getattr(importlib.import_module(module), function)())
+
+
 def resolve_model(name: str) -> str:
     """The folder of a shipped or local model, or a hub name (`owner/name`), for `from_pretrained`.
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 MODELS: dict[str, str] = {
     "flux": "text-to-image, FluxPipeline layout, 64 px",
+    "sd": "text-to-image, StableDiffusionPipeline layout, 64 px",
+    "clip": "pictures and captions in one space, CLIPModel layout; guides",
     "detector": "finds and masks the toybox's 32 classes",
 }
 

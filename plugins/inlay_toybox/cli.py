@@ -13,7 +13,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "inlay-toybox", description="The toybox: a miniature world and its models."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="render | train | quality")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     render = verbs.add_parser("render", help="draw scenes on a sheet")
     render.add_argument("--n", type=int, default=40, help="number of scenes")
     render.add_argument("--seed", type=int, default=0, help="seed of the first scene")
@@ -33,8 +33,11 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from --out, or else from the shipped weights"
     )
     quality = verbs.add_parser("quality", help="measure the shipped models")
-    quality.add_argument("--n", type=int, default=200, help="number of unseen prompts and scenes")
-    quality.add_argument("--seed", type=int, default=0)
+    report = verbs.add_parser("report", help="write figures, grids and curves into the page")
+    report.add_argument("--page", type=Path, default=Path("docs/toybox.md"))
+    for verb in (quality, report):
+        verb.add_argument("--n", type=int, default=200, help="number of unseen prompts and scenes")
+        verb.add_argument("models", nargs="*", help="default: all of them")
     return parser
 
 
@@ -59,7 +62,7 @@ def _train(args: argparse.Namespace) -> None:
     train = recipe.load()
     offered = {
         "size": args.size or (128 if accelerated else 64),
-        "start": recipe.model if args.resume else None,
+        "start": recipe.model if args.resume and recipe.model.is_dir() else None,
         "resume": args.resume,
         "vae": args.vae or path("flux") / "vae",
         "compiled": args.minutes > 20,
@@ -70,31 +73,38 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _quality(args: argparse.Namespace) -> None:
-    from diffusers import FluxPipeline
+    from inlay_toybox.quality.figures import figures, shipped
 
-    from inlay_toybox import path, quality
+    for name in shipped(args.models):
+        print(name)
+        for figure in figures(name, args.n):
+            aim = f"  (aim {figure.aim})" if figure.aim else ""
+            print(f"  {figure.label}: {figure.value}{aim}", flush=True)
 
-    pipe = FluxPipeline.from_pretrained(path("flux"))
-    tables = {
-        "toybox/flux, objects drawn": quality.object_accuracy(pipe, args.n, args.seed),
-        "detector on renders": quality.detector_accuracy(args.n, args.seed),
-        "detector after the autoencoder": quality.detector_accuracy(
-            args.n, args.seed, vae=pipe.vae
-        ),
-    }
-    for title, shares in tables.items():
-        print(title)
-        for key, share in shares.items():
-            print(f"  {key:10s} {share}")
+
+def _report(args: argparse.Namespace) -> None:
+    from inlay_toybox import report
+
+    for file in report.write(args.page, args.models, args.n):
+        print(file)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code (2 for a mistake in the arguments)."""
     args = _parser().parse_args(argv)
     try:
-        {"render": _render, "train": _train, "quality": _quality}[args.verb](args)
+        {"render": _render, "train": _train, "quality": _quality, "report": _report}[args.verb](
+            args
+        )
     except (OSError, ValueError) as error:
         print(f"inlay-toybox {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"inlay-toybox {args.verb}: needs the package {error.name!r}, which comes with "
+            "inlay[segment]",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

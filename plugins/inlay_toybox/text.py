@@ -101,14 +101,14 @@ def clip_tokenizer(lines: list[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
 
 
-def clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A fresh CLIP text encoder; its pooled output is ``[b, WIDTH]``."""
+def clip_encoder(tokenizer: CLIPTokenizer, layers: int = 1) -> CLIPTextModel:
+    """A fresh CLIP text encoder; its output is ``[b, TOKENS, WIDTH]``, pooled ``[b, WIDTH]``."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=TOKENS,
             projection_dim=WIDTH,

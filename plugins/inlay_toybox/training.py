@@ -15,10 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from inlay_toybox import world
+
+ENDS = ("conv_in.", "conv_out.", "proj_out")
+"""Names of layers at the ends of a network, whose matrices are not hidden."""
 
 UNSEEN = 10_000_000
 """First seed of the scenes that no recipe trains on."""
@@ -64,17 +68,29 @@ class Optimisers:
     biases).
 
     Muon scales its rate by sqrt(max(1, rows / columns)) by itself, so one rate serves every shape.
+    With ``convolutions``, hidden kernels count as matrices ``[out, in * height * width]`` too
+    (Jordan et al. 2024).
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], muon: float = 0.02, adamw: float = 1e-3
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        muon: float = 0.02,
+        adamw: float = 1e-3,
+        convolutions: bool = False,
     ) -> None:
-        outer = ("embed", "shared", "norm", "proj_out", "relative_attention_bias")
+        outer = ("embed", "shared", "norm", "relative_attention_bias", *ENDS)
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
+        self.flat: list[tuple[nn.Parameter, nn.Parameter]] = []
         for name, parameter in named:
-            hidden = parameter.ndim == 2 and not any(part in name for part in outer)
-            (matrices if hidden else rest).append(parameter)
+            inner = not any(part in name for part in outer)
+            if convolutions and inner and parameter.ndim == 4:
+                # A view of the same memory: what Muon writes there, the convolution reads.
+                self.flat.append((parameter, nn.Parameter(parameter.detach().flatten(1))))
+                matrices.append(self.flat[-1][1])
+            else:
+                (matrices if inner and parameter.ndim == 2 else rest).append(parameter)
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, lr=adamw, betas=(0.9, 0.98), weight_decay=0.0)
         ]
@@ -84,6 +100,9 @@ class Optimisers:
 
     def step(self, factor: float) -> None:
         """One update with every rate multiplied by ``factor``; clears the gradients."""
+        for kernel, matrix in self.flat:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+            kernel.grad = None
         for part, rates in zip(self.parts, self.base, strict=True):
             for group, rate in zip(part.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -122,34 +141,50 @@ class Average:
 
 
 def save_state(folder: Path, average: Average, step: int, elapsed: float) -> None:
-    """Write weights and their average so that ``load_state`` goes on from here (momentum is not
-    kept).
+    """Write weights, their average and the progress as one file, so that ``load_state`` goes on
+    from here (momentum is not kept).
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"weights.{k}": v.detach().contiguous() for k, v in average._tensors()}
     tensors |= {f"average.{k}": v.contiguous() for k, v in average.shadow.items()}
+    progress = {"step": step, "elapsed": elapsed, "average": average.step}
     partial = folder / "state.partial"
-    save_file(tensors, partial)
+    save_file(tensors, partial, metadata={k: json.dumps(v) for k, v in progress.items()})
     partial.replace(folder / "state.safetensors")
-    (folder / "state.json").write_text(
-        json.dumps({"step": step, "elapsed": elapsed, "average": average.step})
-    )
 
 
 @torch.no_grad()
 def load_state(folder: Path, average: Average) -> tuple[int, float]:
-    """Read what ``save_state`` wrote; step and seconds trained, or (0, 0.0) when there is
-    nothing.
+    """Read what ``save_state`` wrote; step and seconds trained, or (0, 0.0) when there is nothing.
+
+    Raises:
+        ValueError: the state is damaged or belongs to another model.
     """
-    if not (folder / "state.safetensors").exists():
+    file = folder / "state.safetensors"
+    if not file.exists():
         return 0, 0.0
-    tensors = load_file(folder / "state.safetensors")
+    try:
+        with safe_open(file, "pt") as state:
+            progress = {
+                k: json.loads(v) for k, v in (state.metadata() or {}).items() if k != "format"
+            }
+            tensors = {key: state.get_tensor(key) for key in state.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it to begin anew") from None
+    if "step" not in progress:  # written when the progress had a file of its own
+        progress = json.loads((folder / "state.json").read_text())
     for key, parameter in average._tensors():
-        parameter.copy_(tensors[f"weights.{key}"])
-        average.shadow[key].copy_(tensors[f"average.{key}"])
-    state = json.loads((folder / "state.json").read_text())
-    average.step = state["average"]
-    return state["step"], state["elapsed"]
+        for part, target in (("weights", parameter), ("average", average.shadow[key])):
+            stored = tensors.get(f"{part}.{key}")
+            if stored is None or stored.shape != target.shape:
+                found = "nothing" if stored is None else f"shape {list(stored.shape)}"
+                raise ValueError(
+                    f"{file} is of another model: {key} should have shape {list(target.shape)}, "
+                    f"there is {found}; choose another --out"
+                )
+            target.copy_(stored)
+    average.step = progress["average"]
+    return progress["step"], progress["elapsed"]
 
 
 def fit(
@@ -161,6 +196,7 @@ def fit(
     seed: int = 0,
     muon: float = 0.02,
     adamw: float = 1e-3,
+    convolutions: bool = False,
     clip: float = 1.0,
     keep: float = 0.998,
     report_every: int = 100,
@@ -177,6 +213,7 @@ def fit(
         resume: go on from the state in ``out`` when there is one.
         seed: of torch's global generator, with the step at which this run begins added.
         muon, adamw: rates of the hidden matrices and of everything else.
+        convolutions: train hidden kernels with Muon too.
         clip: largest norm of the gradient.
         keep: decay of the average.
         report_every: steps between two lines of the log and two writes of the state.
@@ -195,7 +232,7 @@ def fit(
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     ]
-    optimisers = Optimisers(named, muon, adamw)
+    optimisers = Optimisers(named, muon, adamw, convolutions)
     log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
     while clock.done < 1:
         loss = loss_of(step)
@@ -232,34 +269,38 @@ class Log:
     def add(self, loss: float) -> None:
         self.sum, self.n = self.sum + loss, self.n + 1
 
-    def report(self, step: int, seconds: float, note: str = "") -> None:
+    def report(self, step: int, seconds: float) -> None:
         """Write and print the mean loss since the last report."""
         mean = self.sum / max(1, self.n)
         self.sum, self.n = 0.0, 0
         with self.file.open("a", newline="") as out:
             csv.writer(out).writerow([step, round(seconds, 1), round(mean, 6)])
-        print(f"step {step:6d}  {seconds / 60:6.1f} min  loss {mean:.5f}  {note}", flush=True)
-        self.draw()
+        print(f"step {step:6d}  {seconds / 60:6.1f} min  loss {mean:.5f}", flush=True)
+        draw_curve(self.file, self.file.with_suffix(".png"))
 
-    def draw(self) -> None:
-        with self.file.open() as rows:
-            points = [(float(r["seconds"]) / 60, float(r["loss"])) for r in csv.DictReader(rows)]
-        if len(points) < 2:
-            return
-        x, y = np.array(points).T
-        y = np.log(np.maximum(y, 1e-9))
-        low, high = y.min(), np.quantile(y, 0.98)
-        image = Image.new("RGB", (640, 320), "white")
-        pen = ImageDraw.Draw(image)
-        across = 50 + 570 * (x - x.min()) / max(np.ptp(x), 1e-9)
-        down = 290 - 260 * np.clip((y - low) / max(high - low, 1e-9), 0, 1)
-        pen.line(list(zip(across, down, strict=True)), fill=(30, 90, 170), width=2)
-        for value in (low, (low + high) / 2, high):
-            row = 290 - 260 * (value - low) / max(high - low, 1e-9)
-            pen.text((4, row - 5), f"{math.exp(value):.4f}", fill="black")
-        pen.text((50, 300), f"{x.min():.0f} min", fill="black")
-        pen.text((570, 300), f"{x.max():.0f} min", fill="black")
-        image.save(self.file.with_suffix(".png"))
+
+def draw_curve(table: Path, file: Path) -> None:
+    """Draw a loss curve, a csv file of step, seconds and loss, as a png; the loss on a logarithmic
+    scale, its highest fiftieth cut off.
+    """
+    with table.open() as rows:
+        points = [(float(r["seconds"]) / 60, float(r["loss"])) for r in csv.DictReader(rows)]
+    if len(points) < 2:
+        return
+    x, y = np.array(points).T
+    y = np.log(np.maximum(y, 1e-9))
+    low, high = y.min(), np.quantile(y, 0.98)
+    image = Image.new("RGB", (640, 320), "white")
+    pen = ImageDraw.Draw(image)
+    across = 50 + 570 * (x - x.min()) / max(np.ptp(x), 1e-9)
+    down = 290 - 260 * np.clip((y - low) / max(high - low, 1e-9), 0, 1)
+    pen.line(list(zip(across, down, strict=True)), fill=(30, 90, 170), width=2)
+    for value in (low, (low + high) / 2, high):
+        row = 290 - 260 * (value - low) / max(high - low, 1e-9)
+        pen.text((4, row - 5), f"{math.exp(value):.4f}", fill="black")
+    pen.text((50, 300), f"{x.min():.0f} min", fill="black")
+    pen.text((570, 300), f"{x.max():.0f} min", fill="black")
+    image.save(file)
 
 
 def export_log(out: Path, folder: Path, rows: int = 300) -> None:

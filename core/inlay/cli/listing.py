@@ -1,4 +1,4 @@
-"""`inlay plugins`, `inlay models`: what an experiment can name. Listing imports no torch."""
+"""`inlay plugins`, and how any list is shown. Listing imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plugins(
 ) -> None:
     """List the plugins, or one plugin's options and their defaults."""
     if name is None:
-        _show(registry.plugins(), ("summary", "tested", "maturity", "source"), as_json)
+        show(registry.plugins(), ("summary", "tested", "maturity", "source"), as_json)
         return
     cls: Any = registry.plugin_class(name, where="plugins")
     defaults = dataclasses.asdict(cls.Config())
@@ -33,15 +33,11 @@ def plugins(
         typer.echo(json.dumps({"name": name, "options": options}, indent=2, default=str))
     else:
         typer.echo(f"{inspect.getdoc(cls)}\n\n{inspect.getdoc(cls.Config)}\n")
-        _show(options, ("type", "default"), as_json)
+        show(options, ("type", "default"), as_json)
 
 
-def models(as_json: Json = False) -> None:
-    """List the models that ship here; a folder or a hub name works as well."""
-    _show(registry.models(), ("family", "summary"), as_json)
-
-
-def _show(rows: Mapping[str, Mapping[str, Any]], columns: Iterable[str], as_json: bool) -> None:
+def show(rows: Mapping[str, Mapping[str, Any]], columns: Iterable[str], as_json: bool) -> None:
+    """Print rows by name: a table of these columns, or JSON of everything."""
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

@@ -12,13 +12,16 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli.listing import models, plugins
+from inlay.cli import models
+from inlay.cli.listing import plugins
 from inlay.cli.plan import plan
 from inlay.cli.run import run
+from inlay.cli.verbs import Verbs
 from inlay_config.errors import InlayError
 
 app = typer.Typer(
     name="inlay",
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,7 +30,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(plan)
 app.command()(plugins)
-app.command()(models)
+app.add_typer(models.app, name="models")
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,7 +57,7 @@ def main() -> None:
     except SystemExit as ended:
         code = ended.code
         if code == 130:
-            _fail("interrupted; nothing was written", 130)
+            _fail("interrupted; nothing unfinished was written", 130)
     except InlayError as error:
         code = _fail(str(error), 2, where=error.where, fix=error.fix)
     except Exception as error:

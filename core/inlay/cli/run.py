@@ -69,7 +69,7 @@ def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
     from inlay.cli.sheet import contact_sheet
     from inlay_config.images import save
 
-    _hush_loading_bars()
+    hush_loading_bars()
     with staged(folder) as stage:
         with Progress(quiet) as progress:
             result = execute(job, callback=progress.update)
@@ -80,7 +80,7 @@ def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
     return {"out": str(folder), "manifest": result.manifest}
 
 
-def _hush_loading_bars() -> None:
+def hush_loading_bars() -> None:
     """One progress bar is enough: the run's own."""
     import diffusers.utils.logging
     import transformers.utils.logging

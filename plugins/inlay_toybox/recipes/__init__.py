@@ -31,7 +31,7 @@ class Recipe:
     def load(self) -> Callable[..., Path]:
         """The function ``train(minutes, out, device, …)``, which returns the model's folder."""
         module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
     "detector": Recipe("detector:train", "detector"),
     "sd": Recipe("sd:train", "sd"),
     "clip": Recipe("clip:train", "clip"),
-    "judge": Recipe("clip:train_judge", "judge"),
+    "judge": Recipe("judge:train", "judge"),
     "ddpm": Recipe("ddpm:train", "ddpm"),
     "sam2": Recipe("sam2:train", "sam2"),
 }

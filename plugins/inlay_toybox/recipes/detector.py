@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from einops import einsum
-from torch import nn
 from torch.nn import functional as F
 
 from inlay_toybox import training
 from inlay_toybox.classes import NAMES
 from inlay_toybox.detector import SIDE, STRIDE, Detector
-from inlay_toybox.training import UNSEEN, Average, Batch, Clock, Log, Optimisers
+from inlay_toybox.training import UNSEEN, Batch
 
 ROUND_TRIPS = 0.3
 CELLS = SIDE // STRIDE
@@ -129,29 +128,28 @@ def train(
     torch.manual_seed(1)
     model = (Detector.from_pretrained(start) if resume and start else Detector()).to(device).train()
     coder = AutoencoderKL.from_pretrained(vae).float().to(device) if vae else None
-    average = Average({"detector": model})
-    step, spent = training.load_state(out, average) if resume else (0, 0.0)
-    torch.manual_seed(step + 1)
-    optimisers = Optimisers(model.named_parameters(), adamw=2e-3)
-    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
-    while clock.done < 1:
+
+    def loss_of(step: int) -> torch.Tensor:
         first = UNSEEN // 2 + step * batch_size
         data = training.batch(range(first, first + batch_size), SIDE)
         images = disturb(data.images.to(device), coder)
         with torch.autocast(device.type, torch.bfloat16):
             outputs = model(images)
-        loss = detection_loss(outputs, data, device)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        optimisers.step(training.learning_rate(clock.done, step - begun))
-        average.update()
-        log.add(float(loss.detach()))
-        step += 1
-        if step % report_every == 0:
-            log.report(step, clock.elapsed)
-            training.save_state(out, average, step, clock.elapsed)
-    training.save_state(out, average, step, clock.elapsed)
-    average.swap()
-    training.save_grid(images[:16], out / "samples.png")
+        return detection_loss(outputs, data, device)
+
+    training.fit(
+        {"detector": model},
+        loss_of,
+        out,
+        minutes,
+        resume,
+        seed=1,
+        adamw=2e-3,
+        clip=2.0,
+        report_every=report_every,
+    )
+    images = training.batch(range(UNSEEN, UNSEEN + 16), SIDE).images.to(device)
+    training.save_grid(disturb(images, coder), out / "samples.png")
     model.save_pretrained(out / "detector")
+    training.export_log(out, out / "detector")
     return out / "detector"

@@ -13,22 +13,10 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from torch import nn
 
 from inlay_toybox import path, training
-from inlay_toybox.recipes.flux import (
-    GUIDANCE,
-    OBJECT_WEIGHT,
-    Cache,
-    Model,
-    make_cache,
-    noise_levels,
-    preview,
-    samples,
-    save,
-    tokenise,
-)
-from inlay_toybox.training import Average, Clock, Log, Optimisers
+from inlay_toybox.latents import OBJECT_WEIGHT, Cache, make_cache, samples
+from inlay_toybox.recipes.flux import GUIDANCE, Model, noise_levels, preview, save, tokenise
 
 SETTINGS = {"true_cfg_scale": 1.0, "guidance_scale": 3.5}
 """What changes in the recommended settings once the model is distilled."""
@@ -70,14 +58,11 @@ def train(
     model.clip.requires_grad_(False)
     model.t5.requires_grad_(False)
     cache = cache or make_cache(out / "cache", pipe.vae, scenes, size, device)
-    average = Average({"flow": model.flow}, decay=0.99)
-    step, spent = training.load_state(out, average) if resume else (0, 0.0)
-    optimisers = Optimisers(model.flow.named_parameters(), muon=0.003, adamw=3e-4)
-    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
+    batches = samples(cache, batch_size, device)
     null = tokenise(pipe, [""] * batch_size, device)
-    for x0, shares, captions in samples(cache, batch_size, device):
-        if clock.done >= 1:
-            break
+
+    def loss_of(step: int) -> torch.Tensor:
+        x0, shares, captions = next(batches)
         sigma = noise_levels(batch_size, device)
         level = sigma[:, None, None]
         x = (1 - level) * x0 + level * torch.randn_like(x0)
@@ -91,18 +76,21 @@ def train(
             goal = torch.lerp(without, with_text, scale[:, None, None])
             velocity = model(x, sigma, scale, *texts)
         weight = (1 + OBJECT_WEIGHT * shares)[..., None]
-        loss = (weight * (velocity.float() - goal).square()).mean() / weight.mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
-        optimisers.step(training.learning_rate(clock.done, step - begun))
-        average.update()
-        log.add(float(loss.detach()))
-        step += 1
-        if step % report_every == 0:
-            log.report(step, clock.elapsed)
-            training.save_state(out, average, step, clock.elapsed)
-    training.save_state(out, average, step, clock.elapsed)
-    average.swap()
+        return (weight * (velocity.float() - goal).square()).mean() / weight.mean()
+
+    training.fit(
+        {"flow": model.flow},
+        loss_of,
+        out,
+        minutes,
+        resume,
+        seed=2,
+        muon=0.003,
+        adamw=3e-4,
+        keep=0.99,
+        report_every=report_every,
+    )
     preview(pipe, out / "samples.png", size, **SETTINGS)  # type: ignore[arg-type]
     save(pipe, out / "flux", size, **SETTINGS)
+    training.export_log(out, out / "flux")
     return out / "flux"

@@ -9,10 +9,7 @@ it a meaning).
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,16 +19,12 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from einops import rearrange
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
 from inlay_toybox import text, training, world
-from inlay_toybox.training import UNSEEN, Average, Clock, Log, Optimisers
+from inlay_toybox.latents import OBJECT_WEIGHT, make_cache, samples
+from inlay_toybox.training import UNSEEN
 
-CAPTION_DROPOUT = 0.1
-OBJECT_WEIGHT = 2.0
 GUIDANCE = (1.0, 5.0)
 NOISE_SHIFT = 2.2
 SETTINGS = {
@@ -75,52 +68,6 @@ def build(vae: AutoencoderKL) -> FluxPipeline:
         tokenizer_2=t5,
         transformer=build_transformer(),
     )
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Encoded scenes. latents: float16 ``[n, tokens, 32]``, packed, zero mean, unit variance;
-    objects: uint8 ``[n, tokens]``, share of the token inside an object times 255; captions:
-    wordings of each scene."""
-
-    latents: torch.Tensor
-    objects: torch.Tensor
-    captions: list[list[str]]
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Pictures ``[b, 3, s, s]`` in 0..1 to packed latents ``[b, (s/8)^2, 32]``."""
-    latents = vae.encode(images.to(vae.dtype) * 2 - 1).latent_dist.mode().float()
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-
-
-def make_cache(
-    folder: Path, vae: AutoencoderKL, n: int, size: int, device: torch.device, chunk: int = 250
-) -> Cache:
-    """Render and encode the scenes of seeds 0 to n - 1, or read them back from ``folder``.
-
-    The files' names hold size, number and a digest of the autoencoder, so none is read by mistake.
-    """
-    digest = hashlib.sha256(vae.encoder.conv_out.weight.detach().float().cpu().numpy().tobytes())
-    key = f"{size}-{n}-{digest.hexdigest()[:8]}"
-    tensors, words = folder / f"latents-{key}.safetensors", folder / f"captions-{key}.json"
-    if not (tensors.exists() and words.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
-        latents, objects, captions = [], [], []
-        for first in range(0, n, chunk):
-            data = training.batch(range(first, min(n, first + chunk)), size)
-            with torch.autocast(device.type, torch.bfloat16):
-                latents.append(encode(vae, data.images.to(device)).half().cpu())
-            share = F.avg_pool2d(data.objects, 8).flatten(1)
-            objects.append((share * 255).round().byte())
-            captions += [text.wordings(s, first + i) for i, s in enumerate(data.scenes)]
-        words.write_text(json.dumps(captions))
-        save_file({"latents": torch.cat(latents), "objects": torch.cat(objects)}, tensors)
-        print(f"cached {len(captions)} scenes", flush=True)
-    stored = load_file(tensors)
-    return Cache(stored["latents"], stored["objects"], json.loads(words.read_text()))
 
 
 class Model(nn.Module):
@@ -181,25 +128,6 @@ def noise_levels(n: int, device: torch.device) -> torch.Tensor:
     """
     u = torch.rand(n, device=device)
     return (NOISE_SHIFT * u / (1 + (NOISE_SHIFT - 1) * u)).clamp(0.002, 0.999)
-
-
-def samples(
-    cache: Cache, size: int, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    """Endless shuffled batches: latents, object shares, captions (some of them empty)."""
-    n = len(cache.captions)
-    while True:
-        for rows in torch.randperm(n).split(size):
-            if len(rows) < size:
-                break
-            which = torch.randint(4, (size,)).tolist()
-            drop = (torch.rand(size) < CAPTION_DROPOUT).tolist()
-            captions = [
-                "" if d else cache.captions[i][w]
-                for i, w, d in zip(rows.tolist(), which, drop, strict=True)
-            ]
-            shares = cache.objects[rows].to(device).float() / 255
-            yield cache.latents[rows].to(device).float(), shares, captions
 
 
 def save(pipe: FluxPipeline, folder: Path, size: int, **changes: float) -> None:
@@ -279,14 +207,10 @@ def train(
     pipe.vae.float().requires_grad_(False)
     model = Model(pipe, size // 8).to(device)
     cache = make_cache(out / "cache", pipe.vae, scenes, size, device)
-    average = Average({"clip": model.clip, "t5": model.t5, "flow": model.flow})
-    step, spent = training.load_state(out, average) if resume else (0, 0.0)
-    torch.manual_seed(step)
-    optimisers = Optimisers(model.named_parameters())
-    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
     flow = torch.compile(model) if compiled else model
     batches = samples(cache, batch_size, device)
-    while clock.done < 1:
+
+    def loss_of(step: int) -> torch.Tensor:
         x0, shares, captions = next(batches)
         noise, sigma = torch.randn_like(x0), noise_levels(batch_size, device)
         guidance = torch.empty_like(sigma).uniform_(*GUIDANCE)
@@ -296,22 +220,17 @@ def train(
             velocity = flow((1 - level) * x0 + level * noise, sigma, guidance, *texts)
         weight = (1 + OBJECT_WEIGHT * shares)[..., None]
         error = (velocity.float() - (noise - x0)).square()
-        loss = (weight * error).mean() / weight.mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimisers.step(training.learning_rate(clock.done, step - begun))
-        average.update()
-        log.add(float(loss.detach()))
-        step += 1
-        if step % report_every == 0:
-            log.report(step, clock.elapsed)
-        if step % (5 * report_every) == 0:
-            training.save_state(out, average, step, clock.elapsed)
-            average.swap()
-            preview(pipe, out / "samples.png", size)
-            average.swap()
-    training.save_state(out, average, step, clock.elapsed)
-    average.swap()
-    preview(pipe, out / "samples.png", size)
+        return (weight * error).mean() / weight.mean()
+
+    training.fit(
+        {"clip": model.clip, "t5": model.t5, "flow": model.flow},
+        loss_of,
+        out,
+        minutes,
+        resume,
+        report_every=report_every,
+        preview=lambda: preview(pipe, out / "samples.png", size),
+    )
     save(pipe, out / "flux", size)
+    training.export_log(out, out / "flux")
     return out / "flux"

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from inlay_toybox import training
-from inlay_toybox.training import UNSEEN, Average, Clock, Log, Optimisers
+from inlay_toybox.training import UNSEEN, Average
 
 KL_WEIGHT = 3e-4
 OBJECT_WEIGHT = 2.0
@@ -97,35 +97,26 @@ def train(
     further = resume and start is not None
     vae = (AutoencoderKL.from_pretrained(start).float() if further else build()).to(device)
     shipped = vae.encoder.conv_out.weight.detach().clone() if further else None
-    average = Average({"vae": vae})
-    step, spent = training.load_state(out, average) if resume else (0, 0.0)
+    if resume:
+        training.load_state(out, Average({"vae": vae}))
     decoder_only = shipped is not None and torch.equal(shipped, vae.encoder.conv_out.weight)
     vae.encoder.requires_grad_(not decoder_only)
-    optimisers = Optimisers(vae.named_parameters(), adamw=2e-3)
-    log, clock, begun = Log(out, fresh=step == 0), Clock(minutes, spent), step
-    while clock.done < 1:
+
+    def loss_of(step: int) -> torch.Tensor:
         data = training.batch(range(step * batch_size, (step + 1) * batch_size), size)
         target = (data.images * 2 - 1).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(target).latent_dist
             back = vae.decode(posterior.sample()).sample
         loss = reconstruction_loss(back.float(), target, data.objects.to(device))
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        (loss + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimisers.step(training.learning_rate(clock.done, step - begun))
-        average.update()
-        log.add(float(loss.detach()))
-        step += 1
-        if step % 100 == 0:
-            log.report(step, clock.elapsed, f"kl {float(kl.detach()):.2f}")
-            training.save_state(out, average, step, clock.elapsed)
-    training.save_state(out, average, step, clock.elapsed)
-    average.swap()
+        return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+    step = training.fit({"vae": vae}, loss_of, out, minutes, resume, adamw=2e-3)
     decibel, pictures = psnr(vae, device, size)
     print(f"vae: {step} steps, PSNR {decibel:.2f} dB on unseen scenes", flush=True)
     training.save_grid(pictures, out / "samples.png")
     if not decoder_only:
         measure_latents(vae, device, size)
     vae.to(torch.bfloat16).save_pretrained(out / "vae")
+    training.export_log(out, out / "vae")
     return out / "vae"

@@ -1,0 +1,208 @@
+"""Methods under test: experiments by name or YAML file, and rows to compare with: `copy`, `vae`,
+`twin`, `elsewhere`.
+
+A method turns an item into a picture. Pipelines are loaded once and shared between methods of the
+same model; an experiment keeps its session from item to item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from inlay_bench.tasks import Item, Task
+from inlay_config import config, manifest, registry
+from inlay_config.config import Experiment
+from inlay_config.errors import ConfigError, InputError
+from inlay_config.images import to_pil, to_tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SANITY = ("copy", "vae")  # rows of every report
+RUN = ("guidance", "true_cfg", "size", "steps")
+
+
+class Method(Protocol):
+    """Something that edits pictures."""
+
+    @property
+    def name(self) -> str:
+        """Names its row, its records and its pictures."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything its pictures depend on, as JSON holds it."""
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        """The picture of an item; `source` is the item's input."""
+
+
+class Pipelines:
+    """Pipelines by what decides them, each loaded once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, exp: Experiment) -> Any:
+        from inlay import backbones
+
+        key = (exp.model, exp.dtype, exp.device, exp.offload, exp.revision)
+        if key not in self._loaded:
+            folder = registry.resolve_model(exp.model)
+            self._loaded[key] = backbones.load(folder, *key[1:])
+        return self._loaded[key]
+
+
+class Copy:
+    """The input, untouched: what a method that does nothing scores."""
+
+    name = "copy"
+    identity: dict[str, Any] = {"method": "the input, untouched"}  # noqa: RUF012  never written to
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        return source
+
+
+class RoundTrip:
+    """The input through the autoencoder of the task's model: the best that a latent method can do
+    where it changes nothing."""
+
+    name = "vae"
+
+    def __init__(self, exp: Experiment, pipelines: Pipelines) -> None:
+        self.exp, self.pipelines = exp, pipelines
+        place = {key: getattr(exp, key) for key in ("model", "dtype", "revision")}
+        self.identity = {"method": "autoencoder round trip", **place, **weights_of(exp)}
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        import torch
+
+        from inlay import backbones
+
+        backbone = backbones.adapt(self.pipelines(self.exp))
+        with torch.no_grad():
+            latent = backbone.encode_image(to_tensor(source))
+            return to_pil(backbone.decode(latent, (source.height, source.width)))[0]
+
+
+class Twin:
+    """The true picture with the object, where the item knows it: what a perfect insertion scores.
+
+    elsewhere: the true object moved sideways to a random place, every other pixel the input's: a
+    perfect insertion at another place.
+    """
+
+    def __init__(self, elsewhere: bool = False) -> None:
+        self.name = "elsewhere" if elsewhere else "twin"
+        self.elsewhere = elsewhere
+        place = "moved sideways" if elsewhere else "in its place"
+        self.identity = {"method": f"the true object, {place}"}
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        import numpy as np
+        from PIL import Image
+
+        if "picture" not in item.truth:
+            raise InputError("nobody knows the true picture", where=f"item {item.id}")
+        true, footprint = item.truth["picture"], item.truth["footprint"]
+        shift = 0
+        if self.elsewhere:
+            columns = np.flatnonzero(footprint.any(0))
+            room = -int(columns.min()), footprint.shape[1] - int(columns.max())
+            shift = int(np.random.default_rng(item.seed).integers(*room))
+        inside = np.roll(footprint, shift, 1)[..., None]
+        return Image.fromarray(np.where(inside, np.roll(true, shift, 1), np.asarray(source)))
+
+
+class Edit:
+    """An experiment; what the item says takes the place of its prompts, subject, picture and seed.
+
+    path: as `inlay run` takes it. overrides: over the experiment, for every item.
+    """
+
+    def __init__(
+        self, path: str, task: Task, overrides: Sequence[str], pipelines: Pipelines
+    ) -> None:
+        self.path, self.task, self.overrides = path, task, tuple(overrides)
+        self.name = Path(path).stem if path.endswith((".yaml", ".yml")) else path.replace("/", "-")
+        self.pipelines = pipelines
+        self.exp = config.load(path, self.overrides)
+        self._session: tuple[Any, Any] = (None, None)
+        resolved = config.to_dict(self.exp)
+        for mine in ("input", "out", "seed", "n", "prompt", "subject"):  # an item's, or no matter
+            del resolved[mine]
+        self.identity = {"method": resolved, "plugins": _owners(self.exp), **weights_of(self.exp)}
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        words = [f"{key}={item.texts[text]}" for key, text in self.task.run.items()]
+        exp = config.load(self.path, [*self.overrides, *words])
+        for plugin, option in self.task.seeds.items():
+            if plugin in exp.plugins:
+                exp.plugins[plugin] = {**(exp.plugins[plugin] or {}), option: item.seed}
+        asked = {key: getattr(exp, key) for key in RUN}
+        prompts = config.to_dict(exp)["prompt"]
+        given = source if self.task.inputs == "given" else None
+        result = self._session_of(exp).run(prompts, given, **asked, seed=item.seed)
+        return to_pil(result.images["edit"])[0]
+
+    def _session_of(self, exp: Experiment) -> Any:
+        """The session of the last item, or a new one where an option has changed."""
+        from inlay import Session
+
+        options, session = self._session
+        if session is None or options != exp.plugins:
+            session = Session(self.pipelines(exp), exp.plugins, exp.scheduler)
+            self._session = (exp.plugins, session)
+        return session
+
+
+def build(names: Sequence[str], task: Task, overrides: Sequence[str] = ()) -> list[Method]:
+    """The methods of `names` in order, then the sanity rows that were not among them.
+
+    Raises ConfigError for an unknown experiment, and for a name that is taken.
+    """
+    pipelines = Pipelines()
+    shipped = config.from_dict({"model": task.model}, [w for w in overrides if _of_model(w)])
+    known: dict[str, Callable[[], Method]] = {
+        "copy": Copy,
+        "vae": lambda: RoundTrip(shipped, pipelines),
+        "twin": Twin,
+        "elsewhere": lambda: Twin(elsewhere=True),
+    }
+    made: dict[str, Method] = {}
+    for name in [*names, *(row for row in SANITY if row not in names)]:
+        method = known[name]() if name in known else Edit(name, task, overrides, pipelines)
+        if method.name in made or method.name == "input":
+            fix = "Give every experiment a file name of its own, other than `input`."
+            raise ConfigError(f"the name '{method.name}' is taken", where="methods", fix=fix)
+        made[method.name] = method
+    return list(made.values())
+
+
+def drawer(task: Task, overrides: Sequence[str] = ()) -> Edit | None:
+    """What draws the inputs of a task whose items have none: text to image, nothing else."""
+    if task.inputs == "given":
+        return None
+    plain = Task(run={"prompt.edit": "source"}, inputs="drawn", model=task.model, name=task.name)
+    return Edit("t2i", plain, [f"model={task.model}", *overrides], Pipelines())
+
+
+def weights_of(exp: Experiment) -> dict[str, str]:
+    """The digest of a local model's weights; of a hub name, nothing beyond its revision."""
+    folder = registry.resolve_model(exp.model)
+    return {"weights": manifest.hash_weights(folder)} if Path(folder).is_dir() else {}
+
+
+def _owners(exp: Experiment) -> dict[str, str]:
+    """The versions of the packages that an experiment's plugins come from."""
+    listed = registry.plugins()
+    used = [str((options or {}).get("use", name)) for name, options in exp.plugins.items()]
+    owners = {listed[name]["source"] for name in used if name in listed}
+    return {owner: version(owner) for owner in sorted(owners) if owner}
+
+
+def _of_model(override: str) -> bool:
+    return override.split("=")[0] in ("model", "dtype", "device", "offload", "revision")

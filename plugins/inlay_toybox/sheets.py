@@ -1,0 +1,131 @@
+"""Sample grids of the shipped models, drawn anew from their weights, nothing selected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+from inlay_toybox import path, training
+from inlay_toybox.training import UNSEEN
+
+COUNT = 24
+
+
+def draw(name: str, file: Path) -> str:
+    """Write the sample grid of a model.
+
+    Returns:
+        What is to be seen on it, or "" where a model draws nothing.
+    """
+    if name not in SHEETS:
+        return ""
+    maker, caption = SHEETS[name]
+    training.save_grid(maker(), file)
+    return caption
+
+
+def _prompts() -> list[str]:
+    from inlay_toybox.quality.shares import PROMPTS, unseen_scenes
+
+    return [scene.caption for scene in unseen_scenes(COUNT, PROMPTS)]
+
+
+def _flux() -> torch.Tensor:
+    from diffusers import FluxPipeline
+
+    from inlay_toybox.quality.drawing import generate
+
+    return generate(FluxPipeline.from_pretrained(path("flux")), _prompts(), seed=0)
+
+
+def _sd() -> torch.Tensor:
+    from diffusers import StableDiffusionPipeline
+
+    from inlay_toybox.quality.drawing import generate
+
+    return generate(StableDiffusionPipeline.from_pretrained(path("sd")), _prompts(), seed=0)
+
+
+def _scenes() -> torch.Tensor:
+    return training.batch(range(UNSEEN, UNSEEN + COUNT), 64, held_out=True).images
+
+
+def _vae() -> torch.Tensor:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(path("flux") / "vae", torch_dtype=torch.float32)
+    images = _scenes()[: COUNT // 2]
+    with torch.no_grad():
+        back = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample
+    return torch.stack([images, back / 2 + 0.5], 1).flatten(0, 1)
+
+
+def _detector() -> torch.Tensor:
+    from inlay_toybox.detector import Detector
+
+    images = _scenes()
+    for image, found in zip(images, Detector.from_pretrained().detect(images, 0.3), strict=True):
+        canvas = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+        pen = ImageDraw.Draw(canvas)
+        for box in found.boxes.tolist():
+            pen.rectangle(box, outline=(255, 220, 0))
+        image.copy_(torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 255)
+    return images
+
+
+def _gradients(name: str) -> torch.Tensor:
+    """Scenes with an object, each followed by the strength of the gradient that pulls it towards
+    the object's name, brightest where it is strongest.
+    """
+    from inlay_toybox import captions, world
+    from inlay_toybox.quality.contrastive import Clip
+
+    clip = Clip.load(path(name))
+    seeds = iter(range(UNSEEN, 2 * UNSEEN))
+    scenes = [s for s in (world.sample(next(seeds)) for _ in range(2 * COUNT)) if s.things]
+    scenes = scenes[: COUNT // 2]
+    drawn = np.stack([world.render(scene, 64).image for scene in scenes])
+    images = (torch.from_numpy(drawn).permute(0, 3, 1, 2) / 255).requires_grad_()
+    words = clip.read([captions.phrase(scene.things[0]) for scene in scenes])
+    (gradient,) = torch.autograd.grad((clip.see(images) * words).sum(), images)
+    strength = F.avg_pool2d(gradient.norm(dim=1, keepdim=True), 5, 1, 2)
+    strength = strength / strength.amax((1, 2, 3), keepdim=True)
+    return torch.stack([images.detach(), strength.expand_as(images)], 1).flatten(0, 1)
+
+
+def _ddpm() -> torch.Tensor:
+    from diffusers import DDPMPipeline
+
+    from inlay_toybox.recipes import ddpm
+
+    pipe = DDPMPipeline.from_pretrained(path("ddpm"))
+    return ddpm.generate(pipe.unet.eval(), ddpm.fast_schedule(pipe.scheduler), COUNT)
+
+
+def _sam2() -> torch.Tensor:
+    from inlay_toybox import segmenter
+    from inlay_toybox.recipes.sam2 import sample
+
+    return sample(segmenter.load(), UNSEEN, COUNT)
+
+
+SHEETS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "flux": (_flux, f"the first {COUNT} unseen prompts, not selected"),
+    "sd": (_sd, f"the first {COUNT} unseen prompts, not selected"),
+    "clip": (partial(_gradients, "clip"), "unseen scenes, and where the gradient of their name is"),
+    "judge": (partial(_gradients, "judge"), "the same scenes to the judge"),
+    "ddpm": (_ddpm, f"the first {COUNT} samples of 50 deterministic steps, not selected"),
+    "vae": (_vae, "unseen scenes, each followed by its round trip"),
+    "detector": (_detector, "unseen scenes and the boxes found in them"),
+    "sam2": (
+        _sam2,
+        "one random click per object in unseen scenes: right in green, too much in red, missing "
+        "in blue",
+    ),
+}
