@@ -162,7 +162,10 @@ def test_ctrl_c_in_mid_run_leaves_nothing(
         code, out, err = invoke("run", "t2i", f"model={model}", "steps=4", "--out", "x/y")
     finally:
         signal.signal(signal.SIGINT, held)
-    assert (code, out) == (130, "") and err.strip() == "error: interrupted; nothing unfinished was written"
+    assert (code, out) == (
+        130,
+        "",
+    ) and err.strip() == "error: interrupted; nothing unfinished was written"
     assert list(Path().iterdir()) == []
 
 

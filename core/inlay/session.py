@@ -6,6 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .board import Board
 from .events import Cond, Lane, Plugin, Result
 from .loop import run_pass
 from .plan import PassPlan, Plan, Request, make_plan
+from .trace import Tracer
 
 Callback = Callable[[dict[str, Any]], None]
 EVENTS = [name for name in vars(hookspecs) if name.startswith("inlay_")]
@@ -75,8 +77,8 @@ class Session:
 
     plugins: name -> options, in execution order; a name is a plugin or a preset, a value may be a
     live Plugin. skip_dead_rows=False evaluates every lane in every step. resolve: rules {site,
-    winner} for edits that clash. Raises ConfigError and ModelError; PlanConflict when a run is
-    planned.
+    winner} for edits that clash. tracer: times every run. Raises ConfigError and ModelError;
+    PlanConflict when a run is planned.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Session:
         revision: str | None = None,
         skip_dead_rows: bool = True,
         resolve: Sequence[Mapping[str, str]] = (),
+        tracer: Tracer | None = None,
     ) -> None:
         model, self.folder, self.skip_dead_rows = str(pipe), "", skip_dead_rows
+        self.tracer = tracer or Tracer.asked_for()
         if isinstance(pipe, str | Path):
             self.folder = registry.resolve_model(model)
             pipe = backbones.load(self.folder, dtype, device, offload, revision)
@@ -180,7 +184,11 @@ class Session:
         plan = self.plan(asked, shape, list(pictures))
         run = Run(self, plan, callback, sigmas=sigmas, noise=noise)
         asked.device, asked.dtype = run.device.type, str(run.dtype).removeprefix("torch.")
-        with Seam({name: self.backbone.modules[name] for name in plan.sites}) as seam:
+        with ExitStack() as stack:
+            modules = {name: self.backbone.modules[name] for name in plan.sites}
+            seam = stack.enter_context(Seam(modules))
+            if self.tracer:
+                stack.enter_context(self.tracer.watch(self, seam))
             self._prepare(run, conds or {}, pictures)
             for pass_ in plan.passes:
                 begun = time.perf_counter()

@@ -7,7 +7,7 @@ session to close gives torch its function back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,17 +38,21 @@ def _dispatch(
         out: Tensor = _original(query, key, value, attn_mask, dropout_p, is_causal, **options)
         return out
     running[0].hit.add(running[1])
-    return program(_original, query, key, value, attn_mask, dropout_p, is_causal, **options)
+    watch = running[0].watch
+    call = program if watch is None else watch(running[1], program)
+    return call(_original, query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 class Seam:
     """Context manager around a run: hooks on `modules` (site -> module), none when there are none.
     programs: what each site computes in the next model call; a site without one runs untouched.
+    watch(site, program): what is called instead, to time it.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self.programs, self.hit = dict[str, SiteProgram](), set[str]()
+        self.watch: Callable[[str, SiteProgram], Callable[..., Tensor]] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Seam:

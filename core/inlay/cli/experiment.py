@@ -9,6 +9,7 @@ from inlay import backbones
 from inlay.events import Result
 from inlay.plan import Plan
 from inlay.session import Session
+from inlay.trace import Tracer
 from inlay_config import config, images, registry
 from inlay_config.config import Experiment
 
@@ -20,11 +21,15 @@ def run(experiment: str, overrides: Sequence[str] = ()) -> Result:
     return execute(config.load(experiment, overrides))
 
 
-def execute(exp: Experiment, callback: Callable[[dict[str, Any]], None] | None = None) -> Result:
+def execute(
+    exp: Experiment,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    tracer: Tracer | None = None,
+) -> Result:
     """Run an experiment; the result's manifest repeats it."""
     asked = {key: getattr(exp, key) for key in RUN}
     prompts, pictures = config.to_dict(exp)["prompt"], (exp.input.image, exp.input.mask)
-    result = _session(exp, exp.model).run(prompts, *pictures, **asked, callback=callback)
+    result = _session(exp, exp.model, tracer).run(prompts, *pictures, **asked, callback=callback)
     result.record["experiment"] = config.to_dict(exp)
     return result
 
@@ -43,7 +48,7 @@ def planned(exp: Experiment) -> tuple[Session, Plan]:
     return session, session.plan(exp, shape, list(given))
 
 
-def _session(exp: Experiment, pipe: Any) -> Session:
+def _session(exp: Experiment, pipe: Any, tracer: Tracer | None = None) -> Session:
     place: dict[str, Any] = {"dtype": exp.dtype, "device": exp.device, "offload": exp.offload}
-    place |= {"revision": exp.revision, "resolve": exp.resolve}
+    place |= {"revision": exp.revision, "resolve": exp.resolve, "tracer": tracer}
     return Session(pipe, exp.plugins, exp.scheduler, **place)

@@ -11,7 +11,13 @@ from pathlib import Path
 from inlay_config.errors import InputError
 from inlay_config.images import safe_join
 
-CONTENTS = ("images", "masks", "sheet.png", "manifest.json")  # in the order they appear
+CONTENTS = (
+    "images",
+    "masks",
+    "sheet.png",
+    "profile.md",
+    "manifest.json",
+)  # in the order they appear
 
 
 def resolve(name: str) -> Path:

@@ -28,6 +28,10 @@ def run(
         Path | None,
         typer.Option("--from", metavar="FILE", help="Repeat the run of a manifest.json or PNG."),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write profile.md: time per event, plugin and site."),
+    ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run experiments; write images, masks, manifest.json and a contact sheet."""
@@ -48,7 +52,7 @@ def run(
     folders = {name: root if asked and len(jobs) == 1 else root / name for name in jobs}
     for folder in folders.values():
         output.check(folder)
-    reports = [_run(job, folders[name], quiet=as_json) for name, job in jobs.items()]
+    reports = [_run(job, folders[name], profile, quiet=as_json) for name, job in jobs.items()]
     if len(jobs) > 1:
         _stack_sheets(list(folders.values()), root)
     if as_json:
@@ -62,19 +66,23 @@ def _expand(names: list[str]) -> list[str]:
     return [each for name in names for each in inside[name] or [name]]
 
 
-def _run(job: Experiment, folder: Path, quiet: bool) -> dict[str, Any]:
+def _run(job: Experiment, folder: Path, profile: bool, quiet: bool) -> dict[str, Any]:
     from inlay.cli.experiment import execute
     from inlay.cli.output import staged
     from inlay.cli.progress import Progress
     from inlay.cli.sheet import contact_sheet
+    from inlay.trace import Tracer
     from inlay_config.images import save
 
     hush_loading_bars()
     with staged(folder) as stage:
         with Progress(quiet) as progress:
-            result = execute(job, callback=progress.update)
+            tracer = Tracer() if profile else None
+            result = execute(job, progress.update, tracer)
         result.save(stage)
         save(contact_sheet(result, job), stage / "sheet.png")
+        if tracer:
+            (stage / "profile.md").write_text(tracer.table(), encoding="utf-8")
     if not quiet:
         typer.echo(f"{folder}: images, masks, manifest.json, sheet.png")
     return {"out": str(folder), "manifest": result.manifest}
