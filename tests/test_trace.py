@@ -1,4 +1,4 @@
-"""INLAY_TRACE and --profile: every hook call and site is seen, and nothing is changed by looking."""
+"""INLAY_TRACE and --profile: every hook call and site is seen, and looking changes nothing."""
 
 import pytest
 import torch

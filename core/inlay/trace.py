@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tracer:
-    """spent: (what, who) -> [calls, seconds]: an event and a plugin, "site" and its name, "model" and
-    the denoiser's class. Model calls hold the time of their sites. echo: told of each hook call."""
+    """spent: (what, who) -> [calls, seconds]: an event and a plugin, "site" and its name, "model"
+    and the denoiser's class. Model calls hold the time of their sites. echo: print hook calls."""
 
-    echo: Callable[[str], None] | None = None
+    echo: bool = field(default_factory=lambda: os.environ.get("INLAY_TRACE") == "1")
     spent: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def asked_for(cls) -> Tracer | None:
+        """A tracer when the environment says so."""
+        return tracer if (tracer := cls()).echo else None
 
     @contextmanager
     def watch(self, session: Session, seam: Seam) -> Iterator[None]:
@@ -84,7 +91,7 @@ class Tracer:
         row = self.spent.setdefault((what, who), [0, 0.0])
         row[0], row[1] = row[0] + 1, row[1] + seconds
         if self.echo and what not in ("site", "model"):
-            self.echo(f"{what:10s} {who:24s} {1000 * seconds:9.3f} ms")
+            print(f"{what:10s} {who:24s} {1000 * seconds:9.3f} ms", file=sys.stderr)
 
 
 def _now() -> float:
