@@ -11,13 +11,8 @@ from pathlib import Path
 from inlay_config.errors import InputError
 from inlay_config.images import safe_join
 
-CONTENTS = (
-    "images",
-    "masks",
-    "sheet.png",
-    "profile.md",
-    "manifest.json",
-)  # in the order they appear
+# In the order in which they appear: a manifest says that all the rest is there.
+CONTENTS = ("images", "masks", "sheet.png", "profile.md", "manifest.json")
 
 
 def resolve(name: str) -> Path:
