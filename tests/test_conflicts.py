@@ -1,9 +1,12 @@
 """Every cell of the conflict table: what composes is exact, what does not is refused by name."""
 
+import importlib.util
+
 import pytest
 import torch
 
 import inlay
+import pages
 from explicit import MATRIX, Site
 from inlay import ConfigError, PlanConflict
 from inlay.conflicts import KINDS, DeclaredEdit, clash, settle, table, verdict
@@ -186,3 +189,12 @@ def test_the_record_and_the_plan_say_what_was_dropped(pipe):
 def test_a_rule_names_a_site_and_a_winner(rule):
     with pytest.raises(ConfigError, match=r"resolve\[0\].* is no rule"):
         Experiment(resolve=[rule])
+
+
+def test_the_page_shows_the_table_that_the_code_decides_by():
+    spec = importlib.util.spec_from_file_location("generate", pages.ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name in generate.PARTS:
+        page = pages.ROOT / "docs" / name
+        assert page.read_text(encoding="utf-8") == generate.written(page), "run `make docs`"
