@@ -4,11 +4,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 
 
@@ -83,6 +90,81 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """Two levels of two heads, text width 16, pooled width 16, VAE factor 2."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+        transformer_layers_per_block=(1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    return StableDiffusionXLPipeline(
+        vae=_vae(4), unet=unet, scheduler=scheduler, add_watermarker=False, **parts
+    )
+
+
+def stable_diffusion_3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """Two joint blocks of two heads of width 8, tokens of 4x4 pixels, text width 16."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    ).eval()
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    names += ("tokenizer", "tokenizer_2", "tokenizer_3")
+    return StableDiffusion3Pipeline(
+        vae=_vae(4, shift_factor=0.1, scaling_factor=0.4),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **dict.fromkeys(names),
+    )
+
+
+def pixel(seed: int = 0) -> DDPMPipeline:
+    """An unconditional U-Net of three levels on 16x16 pixels, with a learned variance."""
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=True)
+    return DDPMPipeline(unet=unet, scheduler=scheduler)
 
 
 def conds(seed: int = 7, text: int = 12, pooled: bool = True) -> dict[str, dict]:

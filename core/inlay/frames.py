@@ -21,8 +21,9 @@ class Frame:
     predicts: str  # epsilon | v_prediction | sample | flow
 
     def x0(self, pred: Tensor, x: Tensor) -> Tensor:
-        """Clean estimate. With eps it is unbounded at alpha = 0."""
-        a, s = self.alpha, self.sigma
+        """Clean estimate; channels beyond those of x (a learned variance) are not looked at. With
+        eps it is unbounded at alpha = 0."""
+        a, s, pred = self.alpha, self.sigma, pred[:, : x.shape[1]]
         if self.predicts == "sample":
             return pred
         if self.predicts == "flow":

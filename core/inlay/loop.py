@@ -68,7 +68,8 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         for name in alive:
             output = step.output[name]
             if name in step.x0.written:
-                output = step.frame.pred(step.x0[name], x[name])
+                written = step.frame.pred(step.x0[name], x[name])
+                output = cat([written, output[:, written.shape[1] :]], 1)  # a variance stays
             generator = run.generators[pass_.name, name]
             step.x_next[name] = schedulers.advance(solvers[name], output, t, x[name], generator)
         hook.inlay_post_step(run=run, step=step)

@@ -231,7 +231,7 @@ class Session:
             if not torch.isfinite(latent).all():
                 fix = "Use dtype=float32, or look at the plugins that write latents."
                 raise ModelError("values are not finite", where=f"final, lane {name}", fix=fix)
-        decoded = latents if self.backbone.pipe.vae is not None else {}
+        decoded = latents if self.backbone.decodes else {}
         pictures = {name: self.backbone.decode(x, run.size) for name, x in decoded.items()}
         result = Result(pictures, latents, run.board)
         run.hook.inlay_final(run=run, result=result)

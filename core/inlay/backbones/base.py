@@ -113,8 +113,18 @@ class Backbone(ABC):
 
     @property
     def multiple(self) -> int:
-        """Pixels per token: picture sides are multiples of it."""
+        """Pixels per token."""
         return int(self.pipe.vae_scale_factor)
+
+    @property
+    def divisor(self) -> int:
+        """Picture sides are multiples of it."""
+        return self.multiple
+
+    @property
+    def decodes(self) -> bool:
+        """Whether final latents can be made pictures."""
+        return self.pipe.vae is not None
 
     def grid(self, size: Size) -> Size:
         """(height, width) in tokens."""
@@ -129,17 +139,17 @@ class Backbone(ABC):
 
     def fit(self, size: Any, picture: Size | None) -> Size:
         """A size the model allows: `size` (side or pair) rounded down, else the picture's shape at
-        the model's native area, else the native size. Raises ConfigError below 2x2 tokens."""
+        the model's native area, else the native size. Raises ConfigError below two divisors."""
         height, width = self.native_size
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else size
         elif picture is not None:
-            ratio = (height * width / (picture[0] * picture[1])) ** 0.5 / self.multiple
-            height, width = (max(2, round(side * ratio)) * self.multiple for side in picture)
-        height, width = (side // self.multiple * self.multiple for side in (height, width))
-        if min(height, width) < 2 * self.multiple:
+            ratio = (height * width / (picture[0] * picture[1])) ** 0.5 / self.divisor
+            height, width = (max(2, round(side * ratio)) * self.divisor for side in picture)
+        height, width = (side // self.divisor * self.divisor for side in (height, width))
+        if min(height, width) < 2 * self.divisor:
             problem = f"{height}x{width} pixels is too small for this model"
-            raise ConfigError(problem, where="size", fix=f"Use {2 * self.multiple} or more.")
+            raise ConfigError(problem, where="size", fix=f"Use {2 * self.divisor} or more.")
         return height, width
 
     @cached_property
@@ -192,7 +202,8 @@ class Backbone(ABC):
     def decode(self, x: Tensor, size: Size) -> Tensor:
         """Pictures of clean latents, by the stock pipeline's own arithmetic."""
         vae = self.pipe.vae
-        z, shift = self.unpack(x, size) / vae.config.scaling_factor, vae.config.shift_factor
+        shift = getattr(vae.config, "shift_factor", None)
+        z = self.unpack(x, size) / vae.config.scaling_factor
         image = vae.decode((z if shift is None else z + shift).to(vae.dtype), return_dict=False)[0]
         pictures: Tensor = self.pipe.image_processor.postprocess(image, output_type="pt")
         return pictures

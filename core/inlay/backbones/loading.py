@@ -14,6 +14,9 @@ from .base import Backbone
 FAMILIES = {
     "FluxPipeline": "flux:Flux",
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
+    "DDPMPipeline": "pixel_unet:PixelUNet",
 }
 
 

@@ -110,10 +110,18 @@ def scale_input(solver: Any, x: Tensor, t: Tensor) -> Tensor:
 def advance(
     solver: Any, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """scheduler.step, with the lane's generator where the scheduler draws noise."""
+    """scheduler.step, with the lane's generator where the scheduler draws noise, and without a
+    learned variance where it knows none."""
+    if not _knows_variance(type(solver)):  # type: ignore[arg-type]
+        output = output[:, : x.shape[1]]
     noise = {"generator": generator} if _draws_noise(type(solver)) else {}  # type: ignore[arg-type]
     following: Tensor = solver.step(output, t, x, **noise, return_dict=False)[0]
     return following.to(x.dtype)
+
+
+@cache
+def _knows_variance(scheduler: type) -> bool:
+    return "variance_type" in inspect.signature(scheduler).parameters
 
 
 @cache

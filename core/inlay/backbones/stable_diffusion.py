@@ -34,10 +34,7 @@ class StableDiffusion(Backbone):
         return height * width
 
     def site(self, index: int, name: str, module: Any, depth: float) -> AttnSite:
-        block, _, rest = name.partition("_block")
-        last = len(self.denoiser.config.block_out_channels) - 1
-        level = last if block == "mid" else int(rest.split(".")[1])
-        level = last - level if block == "up" else level
+        block, level = place_in_unet(name, len(self.denoiser.config.block_out_channels))
         kind: Literal["cross", "self"] = "cross" if name.endswith("attn2") else "self"
         width = module.inner_dim // module.heads
         return AttnSite(name, index, kind, block, depth, module.heads, width, scale=2**level)
@@ -80,3 +77,10 @@ class StableDiffusion(Backbone):
 
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         return guidance if self.denoiser.config.time_cond_proj_dim is None else 1.0
+
+
+def place_in_unet(name: str, levels: int) -> tuple[str, int]:
+    """(down, mid or up; how often the grid was halved) of a module's path."""
+    block, _, rest = name.partition("_block")
+    level = levels - 1 if block == "mid" else int(rest.split(".")[1])
+    return block, levels - 1 - level if block == "up" else level
