@@ -10,6 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -147,6 +149,25 @@ def stable_diffusion_3(seed: int = 0) -> StableDiffusion3Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         **dict.fromkeys(names),
     )
+
+
+def pixart(seed: int = 0) -> PixArtSigmaPipeline:
+    """Two blocks of two heads of width 8, tokens of 4x4 pixels, text width 16, learned variance."""
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+        patch_size=2,
+    ).eval()
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False)
+    parts = {"tokenizer": None, "text_encoder": None}
+    return PixArtSigmaPipeline(vae=_vae(4), transformer=transformer, scheduler=scheduler, **parts)
 
 
 def pixel(seed: int = 0) -> DDPMPipeline:

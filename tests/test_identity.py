@@ -11,6 +11,7 @@ import inlay_toybox
 from models import (
     conds,
     flux,
+    pixart,
     pixel,
     stable_diffusion,
     stable_diffusion_3,
@@ -108,6 +109,33 @@ def same_as_stock(pipe, scheduler, guidance, n, size):
         "num_inference_steps": 5,
         "height": size[0],
         "width": size[1],
+    }
+    for kind, made in (("latent", ours.latents["edit"]), ("pt", ours.images["edit"])):
+        generator = torch.Generator().manual_seed(3)
+        assert torch.equal(made, pipe(**call, generator=generator, output_type=kind).images)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(("guidance", "n", "size"), [(1.0, 1, (32, 32)), (4.5, 2, (24, 40))])
+def test_pixart_is_bit_identical(scheduler, guidance, n, size):
+    pipe, given = pixart(), conds(pooled=False)
+    for cond, length in zip(given.values(), (12, 7, 3), strict=True):
+        cond["mask"] = (torch.arange(12) < length).long()[None]
+    session = inlay.Session(pipe, scheduler=scheduler)
+    pipe.scheduler = session.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    ours = session.run(guidance=guidance, n=n, size=size, steps=5, seed=3, conds=given)
+    call = {
+        "prompt_embeds": given["edit"]["embeds"].expand(n, -1, -1),
+        "prompt_attention_mask": given["edit"]["mask"].expand(n, -1),
+        "negative_prompt_embeds": given["negative"]["embeds"].expand(n, -1, -1),
+        "negative_prompt_attention_mask": given["negative"]["mask"].expand(n, -1),
+        "negative_prompt": None,
+        "guidance_scale": guidance,
+        "num_inference_steps": 5,
+        "height": size[0],
+        "width": size[1],
+        "use_resolution_binning": False,
     }
     for kind, made in (("latent", ours.latents["edit"]), ("pt", ours.images["edit"])):
         generator = torch.Generator().manual_seed(3)

@@ -126,15 +126,18 @@ class AttnSite:
 
 @dataclass
 class Cond:
-    """An encoded prompt: embeds `1 t c`, pooled `1 c` or None, and the text piece of each row."""
+    """An encoded prompt: embeds `1 t c`, pooled `1 c` or None, the text piece of each row, and the
+    model's own mask of its padding `1 t` or None."""
 
     embeds: Tensor
     pooled: Tensor | None = None
     tokens: list[str] = field(default_factory=list)
+    mask: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Cond:
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return replace(self, embeds=self.embeds.to(device, dtype), pooled=pooled)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, embeds=self.embeds.to(device, dtype), pooled=pooled, mask=mask)
 
 
 class LazyX0(dict[str, Tensor]):

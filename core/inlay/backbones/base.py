@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from inlay_attention import attention_modules
@@ -97,11 +98,15 @@ class Backbone(ABC):
 
     def to_grid(self, x: Tensor, size: Size) -> Tensor:
         """Latents as `b c h w` of the token grid, for anything spatial."""
-        return x
+        p = self.patch
+        return x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
 
     def from_grid(self, grid: Tensor) -> Tensor:
         """Inverse of `to_grid`; a mask `b 1 h w` becomes one that broadcasts over latents."""
-        return grid
+        p = self.patch
+        if grid.shape[1] == 1 and p > 1:
+            return repeat(grid, "b c h w -> b c (h p) (w q)", p=p, q=p)
+        return grid if p == 1 else rearrange(grid, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 
     def pack(self, z: Tensor) -> Tensor:
         """VAE latents `b c h w` in model layout."""
@@ -110,6 +115,11 @@ class Backbone(ABC):
     def unpack(self, x: Tensor, size: Size) -> Tensor:
         """Inverse of `pack`."""
         return x
+
+    @property
+    def patch(self) -> int:
+        """Side of a token in latents that the model itself cuts into patches."""
+        return 1
 
     @property
     def multiple(self) -> int:

@@ -16,6 +16,8 @@ FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
+    "PixArtAlphaPipeline": "pixart:PixArt",
+    "PixArtSigmaPipeline": "pixart:PixArt",
     "DDPMPipeline": "pixel_unet:PixelUNet",
 }
 

@@ -112,7 +112,9 @@ def advance(
 ) -> Tensor:
     """scheduler.step, with the lane's generator where the scheduler draws noise, and without a
     learned variance where it knows none."""
-    if not _knows_variance(type(solver)):  # type: ignore[arg-type]
+    settings = getattr(solver, "config", None) or {}  # a pass's own solver may have none
+    learned = "learned" in str(settings.get("variance_type", ""))
+    if not (learned and _knows_variance(type(solver))):  # type: ignore[arg-type]
         output = output[:, : x.shape[1]]
     noise = {"generator": generator} if _draws_noise(type(solver)) else {}  # type: ignore[arg-type]
     following: Tensor = solver.step(output, t, x, **noise, return_dict=False)[0]

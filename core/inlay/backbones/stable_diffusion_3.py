@@ -10,7 +10,6 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     calculate_shift,
     retrieve_timesteps,
 )
-from einops import rearrange, repeat
 from torch import Tensor
 
 from ..events import AttnSite, Cond
@@ -25,8 +24,12 @@ class StableDiffusion3(Backbone):
     name, denoiser_name, flow = "sd3", "transformer", True
 
     @property
+    def patch(self) -> int:
+        return int(self.denoiser.config.patch_size)
+
+    @property
     def multiple(self) -> int:
-        return int(self.pipe.vae_scale_factor * self.denoiser.config.patch_size)
+        return int(self.pipe.vae_scale_factor) * self.patch
 
     @property
     def native_size(self) -> Size:
@@ -106,13 +109,3 @@ class StableDiffusion3(Backbone):
 
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         return guidance
-
-    def to_grid(self, x: Tensor, size: Size) -> Tensor:
-        p = self.denoiser.config.patch_size
-        return rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
-
-    def from_grid(self, grid: Tensor) -> Tensor:
-        p = self.denoiser.config.patch_size
-        if grid.shape[1] == 1:
-            return repeat(grid, "b c h w -> b c (h p) (w q)", p=p, q=p)
-        return rearrange(grid, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
