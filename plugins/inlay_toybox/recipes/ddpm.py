@@ -211,7 +211,7 @@ def train(
     start: Path | None = None,
     batch_size: int = 16,
     report_every: int = 200,
-    scenes: int = 60_000,
+    scenes: int = 30_000,
     compiled: bool = False,
 ) -> Path:
     """Train, or go on training.
@@ -255,7 +255,7 @@ def train(
         return loss(output.float(), x0, noise, t, weight)
 
     def preview() -> None:
-        training.save_grid(generate(unet, fast_schedule(scheduler), 32), out / "samples.png")
+        training.save_grid(generate(unet, fast_schedule(scheduler), 16, steps=25), out / "samples.png")
 
     training.fit(
         {"unet": unet},
