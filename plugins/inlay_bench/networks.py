@@ -95,7 +95,7 @@ class ClipEncoder:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
         try:
-            model = CLIPModel.from_pretrained(where).to(device)
+            model = CLIPModel.from_pretrained(where, dtype=torch.float32).to(device)
             tokenizer = CLIPTokenizerFast.from_pretrained(where)
             processor = CLIPImageProcessor.from_pretrained(where)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -146,16 +146,21 @@ class Lpips:
         return self.net(x.to(parameter), y.to(parameter), normalize=True)
 
 
-class FidInception:
-    """The FID's features, 2048 numbers per picture."""
+class FidInception(nn.Module):
+    """The FID's features; torchmetrics' `FrechetInceptionDistance(feature=...)` holds it."""
 
-    name = "FID Inception (2015)"
+    name, num_features = "FID Inception (2015)", fid.DIMENSIONS
 
     def __init__(self, net: nn.Module, digest: str):
+        super().__init__()
         self.net, self.digest = net, digest
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Bytes `b 3 h w` as vectors `b 2048`."""
+        return self.net(fid.prepare(images.to(next(self.net.parameters()))))
+
     def features(self, x: Tensor) -> Tensor:
-        return self.net(fid.prepare(x.to(next(self.net.parameters()))))
+        return self((x.clamp(0, 1) * 255).round())
 
 
 def judge(device: str | torch.device = "cpu") -> ClipEncoder:
