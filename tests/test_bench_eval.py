@@ -254,6 +254,38 @@ def test_a_method_that_cannot_read_some_captions_fails_on_those(invoke: Invoke, 
     assert code == 0 and row["failed"] and row["done"] and row["failed"] + row["done"] == 6, err
 
 
+def test_a_model_that_cannot_be_loaded_ends_the_run_before_any_item(
+    invoke: Invoke, model: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["x_embedder.weight"] = torch.zeros(3, 3)
+    save_file(tensors, weights)
+    words = ("toybox-affordance", f"model={broken}", "--methods", "t2i", "--n", 2, "--out", "cmp")
+    code, _, err = invoke(*words)
+    assert code == 2 and "cannot be loaded" in err and "x_embedder.weight" in err
+    assert len(Path("cmp/t2i.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "attempt", interrupted)
+    code, _, err = invoke("toybox-affordance", "--methods", "twin", "--n", 2, "--out", "cmp")
+    assert code == 130 and "what is done stays in cmp; the same command goes on" in err
+
+
+def test_tasks_are_listed(invoke: Invoke) -> None:
+    code, out, _ = invoke("--json")
+    assert code == 0 and set(json.loads(out)) == set(tasks.names())
+    assert "toybox-additing" in invoke()[1]
+
+
 def test_weights_of_the_wrong_shape_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

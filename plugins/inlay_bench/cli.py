@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from inlay.cli.listing import Json
+from inlay.cli.listing import show as show_rows
 from inlay.cli.run import hush_loading_bars
 from inlay_config.errors import ConfigError
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help="Name of a task, or a YAML file.")],
+    task: Annotated[
+        str | None, typer.Argument(help="Name of a task, or a YAML file; listed if not given.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Over every experiment.", show_default=False),
@@ -43,7 +46,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare methods on a task; write records, pictures and a report. Resumes where it stopped."""
-    from inlay_bench import report, runner, tasks
+    from inlay_bench import tasks
+
+    if task is None:
+        show_rows(tasks.listing(), ("summary", "items"), as_json)
+        return
+    from inlay_bench import report, runner
     from inlay_bench.methods import build, drawer
     from inlay_bench.terminal import Progress, show
 

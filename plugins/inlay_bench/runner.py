@@ -69,6 +69,8 @@ def evaluate(
         sources = Sources(out, draw)
         for method in methods:
             book, made_by = books[method.name], digest(identities[method.name]["pictures"])
+            if not all(book.done(item.id, retry_failed) for item in items):
+                method.load()
             for i, item in enumerate(items):
                 if book.done(item.id, retry_failed):
                     check_input(item, book)
