@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# By habitat. With the detector's masks 100 % of 247 true twins reach it, and 0 % of the same objects
-# pasted; after the autoencoder's round trip 98.8 % and 3.0 %; against a source with another backdrop
-# of the same ground, as when a method draws the picture anew, 98.4 % and 3.3 %.
+# By habitat. With the detector's masks 100 % of 247 true twins reach it, and 0 % of the same
+# objects pasted; after the autoencoder's round trip 98.8 % and 3.0 %; against a source with another
+# backdrop of the same ground, as when a method draws the picture anew, 98.4 % and 3.3 %.
 THRESHOLD = {"land": 0.4, "water": 0.5}
 TINT = (0.75, 0.9, 1.0)  # of a reflection
 DRIFT = 0.02  # change of a pixel that means nothing
