@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from inlay_bench import networks
@@ -88,6 +90,19 @@ def test_an_encoder_names_itself_and_lets_gradients_through(clip_folder: Path) -
 def test_what_is_no_encoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no CLIP model.*its tokenizer"):
         networks.ClipEncoder.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named(clip_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    projection = weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not whole: no visual_projection\.weight"):
+        networks.ClipEncoder.from_pretrained(folder)
+    weights["visual_projection.weight"] = projection[:5].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"clip: no CLIP model.*mismatch"):
+        networks.ClipEncoder.from_pretrained(folder)
 
 
 def test_weights_that_were_not_fetched_are_named(monkeypatch, tmp_path: Path) -> None:

@@ -91,17 +91,22 @@ class ClipEncoder:
     def from_pretrained(
         cls, where: str | Path, name: str | None = None, device: str | torch.device = "cpu"
     ) -> ClipEncoder:
-        """Load a folder or hub name. Raises ModelError when it is not a CLIP model."""
+        """Load a folder or hub name. Raises ModelError when it is no whole CLIP model."""
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
         try:
-            model = CLIPModel.from_pretrained(where, dtype=torch.float32).to(device)
+            model, told = CLIPModel.from_pretrained(
+                where, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = CLIPTokenizerFast.from_pretrained(where)
             processor = CLIPImageProcessor.from_pretrained(where)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             fix = "Give a folder or a name with a CLIPModel, its tokenizer and image processor."
             raise ModelError(f"no CLIP model: {error}", where=str(where), fix=fix) from error
-        return cls(model, tokenizer, processor, name or str(where), digest_of(model))
+        if told["missing_keys"]:  # transformers would draw them at random
+            missing = ", ".join(sorted(told["missing_keys"])[:3])
+            raise ModelError(f"the weights are not whole: no {missing}", where=str(where))
+        return cls(model.to(device), tokenizer, processor, name or str(where), digest_of(model))
 
     def images(self, x: Tensor) -> Tensor:
         seen = (self.prepare(x) - self.mean) / self.deviation
