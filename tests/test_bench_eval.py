@@ -126,6 +126,29 @@ def test_a_picture_of_something_else_or_broken_is_made_again(tmp_path: Path) -> 
     assert again.asked == ["0000", "0001"]
 
 
+def test_inputs_are_drawn_once_and_again_when_something_else_draws_them(tmp_path: Path) -> None:
+    class Artist(bench_cases.Brighter):
+        def __call__(self, item: tasks.Item, source: Image.Image) -> Image.Image:
+            return super().__call__(item, Image.new("RGB", (8, 8), (item.seed, 0, 0)))
+
+    task = bench_cases.task(bare=True)
+    task.inputs = "drawn"
+
+    def drawn(artist: Artist, **more: Any) -> runner.Evaluation:
+        return runner.evaluate(task, [methods.Copy()], tmp_path, 3, draw=artist, **more)
+
+    draw, other = Artist("draw", 10), Artist("draw", 40)
+    first = drawn(draw)
+    drawn(draw, remeasure=True)
+    assert draw.asked == ["0000", "0001", "0002"]
+    with pytest.raises(InputError, match=r"pictures\.drawn by\.method\.light: 10 -> 40"):
+        drawn(other)
+    second = drawn(other, remeasure=True)
+    assert other.asked == draw.asked
+    light = [e.records["copy"]["0000"]["numbers"]["brightness"] for e in (first, second)]
+    assert light[1] > light[0]
+
+
 def test_an_input_that_is_not_the_recorded_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +247,8 @@ def test_a_methods_identity_holds_what_its_pictures_depend_on() -> None:
     assert plain.identity["method"]["steps"] == 28 and other.identity["method"]["steps"] == 5
     assert plain.identity["plugins"] == {"inlay": "0.1.0"}
     assert len(plain.identity["weights"]) == 64
-    assert not {"prompt", "subject", "seed", "input"} & plain.identity["method"].keys()
+    assert not {"subject", "seed", "input"} & plain.identity["method"].keys()
+    assert plain.identity["method"]["prompt"] == {"negative": ""}  # the others are the item's
     assert json.loads(json.dumps(plain.identity)) == plain.identity
 
 

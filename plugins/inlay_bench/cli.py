@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from inlay.cli import output
 from inlay.cli.listing import Json
 from inlay.cli.listing import show as show_rows
 from inlay.cli.run import hush_loading_bars
@@ -60,7 +60,7 @@ def evaluate(
     if n is not None and n < 1:
         raise ConfigError(f"{n} items", where="--n", fix="It must be 1 or more.")
     loaded = tasks.load(task)
-    folder = Path(out) if out else runner.default_folder(loaded)
+    folder = output.resolve(out) if out else runner.default_folder(loaded)
     words, asked = overrides or (), [name for name in methods.split(",") if name]
     made, draw = build(asked, loaded, words), drawer(loaded, words)
     if baseline is not None and baseline not in (names := [method.name for method in made]):

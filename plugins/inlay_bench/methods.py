@@ -137,8 +137,11 @@ class Edit(Method):
         self.exp = config.load(path, self.overrides)
         self._session: tuple[Any, Any] = (None, None)
         resolved = config.to_dict(self.exp)
-        for mine in ("input", "out", "seed", "n", "prompt", "subject"):  # an item's, or no matter
+        for mine in ("input", "out", "seed", "n"):  # an item's, or no matter
             del resolved[mine]
+        for key in task.run:
+            inner, _, last = key.rpartition(".")
+            del (resolved[inner] if inner else resolved)[last]
         self.identity = {"method": resolved, "plugins": _owners(self.exp), **weights_of(self.exp)}
 
     def load(self) -> None:

@@ -66,7 +66,7 @@ def evaluate(
             set_aside(out, beside=() if restart else ("pictures",))
         identities = {m.name: identity(task, m, networks, absent, seed, draw) for m in methods}
         books = {m.name: Records(out / f"{m.name}.jsonl", identities[m.name]) for m in methods}
-        sources = Sources(out, draw)
+        sources = Sources(out, draw, digest(draw.identity) if draw else "")
         for method in methods:
             book, made_by = books[method.name], digest(identities[method.name]["pictures"])
             if not all(book.done(item.id, retry_failed) for item in items):
