@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from inlay_bench import networks
+from inlay_bench.metrics import clip
 from inlay_config.errors import ModelError
+from inlay_config.images import to_tensor
+from inlay_toybox import quality, world
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,22 @@ def test_an_encoder_names_itself_and_lets_gradients_through(clip_folder: Path) -
     assert not any(p.requires_grad for p in encoder.model.parameters())
     square = torch.rand(1, 3, 32, 32)
     assert torch.equal(encoder.prepare(square), square)
+    for height, width in ((30, 41), (49, 31), (7, 100), (33, 33)):
+        assert encoder.prepare(torch.rand(1, 3, height, width)).shape == (1, 3, 32, 32)
+
+
+def test_the_judge_tells_captions_and_changes_apart() -> None:
+    """The shipped one, over unseen scenes: insertions that succeeded, or did nothing."""
+    judge, items = networks.judge(), list(quality.insertion_items(16, seed=3))
+    before = torch.cat([to_tensor(item.picture) for item in items])
+    drawn = [Image.fromarray(world.render(item.target).image) for item in items]
+    after = torch.cat([to_tensor(picture) for picture in drawn])
+    captions = [item.source_caption for item in items], [item.target_caption for item in items]
+    right = clip.similarities(judge, before, after, *captions)
+    nothing = clip.similarities(judge, before, before, *captions)
+    assert (judge.name, judge.side) == ("toybox/judge", 80)
+    assert (right.edited > nothing.edited).float().mean() >= 0.9
+    assert right.direction.mean() > 0.5 and nothing.direction.abs().max() == 0
 
 
 def test_what_is_no_encoder_is_named(tmp_path: Path) -> None:

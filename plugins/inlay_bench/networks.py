@@ -124,10 +124,9 @@ class ClipEncoder:
         height, width = x.shape[-2:]
         if height == width == self.side:
             return x
-        scale = self.side / min(height, width)
-        size = (self.side, self.side)
+        size = [self.side, self.side]
         if not self.squash:
-            size = (int(height * scale), int(width * scale))
+            size = [self.side * length // min(height, width) for length in (height, width)]
         x = F.interpolate(x, size, mode=self.resize, antialias=True).clamp(0, 1)
         top, left = ((length - self.side) // 2 for length in x.shape[-2:])
         return x[..., top : top + self.side, left : left + self.side]
