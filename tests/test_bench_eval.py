@@ -344,7 +344,7 @@ def test_the_toyboxs_truth_scores_as_it_should(tmp_path: Path) -> None:
     """The true twin is perfect, the input unedited has no object, an object elsewhere may stand
     wrongly but leaves the background alone."""
     task = tasks.load("toybox-affordance")
-    wanted = ("inclusion", "affordance", "boxes", "contact", "background", "footprint")
+    wanted = ("inclusion", "affordance", "boxes", "contact", "clip", "background", "footprint")
     task.measures = list(wanted)
     rows = [methods.Twin(), methods.Twin(elsewhere=True), methods.Copy()]
     done = runner.evaluate(task, rows, tmp_path, 12)
@@ -356,6 +356,9 @@ def test_the_toyboxs_truth_scores_as_it_should(tmp_path: Path) -> None:
     assert means["elsewhere"]["affordance"] < 1
     assert means["elsewhere"]["psnr"] > means["elsewhere"]["psnr_strict"] + 20
     assert means["copy"]["inclusion"] == means["copy"]["affordance_all"] == 0
+    assert means["twin"]["clip_direction"] > 0.6 > means["copy"]["clip_direction"] == 0
+    assert means["twin"]["clip_out"] > means["copy"]["clip_out"] + 0.2
+    assert means["copy"]["clip_image"] == pytest.approx(1)
     assert np.isnan(means["copy"]["affordance"]) and np.isnan(means["copy"]["contact"])
 
 

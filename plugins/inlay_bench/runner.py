@@ -142,7 +142,7 @@ def load_networks(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     for name in dict.fromkeys(net for m in task.measures for net in MEASURES[m].networks):
         try:
             found[name] = measures.NETWORKS[name]()
-        except (ModelError, KeyError) as error:
+        except ModelError as error:
             missing[name] = str(error).replace(str(Path.home()), "~")
     absent = {
         m: missing[net] for m in task.measures for net in MEASURES[m].networks if net in missing
