@@ -202,6 +202,17 @@ def test_shares_of_boxes_are_those_of_their_pixels(objects, allowed) -> None:
     assert drawn.sum() == region.sum()  # they do not overlap
 
 
+def test_true_objects_are_well_placed_in_every_reading() -> None:
+    for item in quality.insertion_items(40, seed=2):
+        mask, allowed = torch.from_numpy(item.mask)[None], torch.from_numpy(item.allowed)
+        box, region = torch.from_numpy(world.boxes_of(item.mask[None])), item.allowed
+        boxes = affordance.boxes_of(region)
+        assert affordance.by_masks(mask, allowed) >= 0.5
+        assert affordance.union(box, boxes) >= 0.5
+        for left, top, right, bottom in boxes.long().tolist():
+            assert region[top:bottom, left:right].all()
+
+
 def test_no_object_is_told_apart() -> None:
     assert affordance.picture_score(torch.zeros(0)) is None
     empty = affordance.average([None, None])
