@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -302,6 +303,14 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch.setattr(runner, "attempt", interrupted)
     code, _, err = invoke("toybox-affordance", "--methods", "twin", "--n", 2, "--out", "cmp")
     assert code == 130 and "what is done stays in cmp; the same command goes on" in err
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torchmetrics'] = None\n"
+    code += "from inlay.cli.main import main\nmain()"
+    words = [sys.executable, "-c", code, "eval", "toybox-affordance"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and "pip install 'inlay[bench]'" in ended.stderr
 
 
 def test_tasks_are_listed(invoke: Invoke) -> None:

@@ -11,7 +11,7 @@ from inlay.cli import output
 from inlay.cli.listing import Json
 from inlay.cli.listing import show as show_rows
 from inlay.cli.run import hush_loading_bars
-from inlay_config.errors import ConfigError
+from inlay_config.errors import ConfigError, PluginError
 
 
 def evaluate(
@@ -51,10 +51,13 @@ def evaluate(
     if task is None:
         show_rows(tasks.listing(), ("summary", "items"), as_json)
         return
-    from inlay_bench import report, runner
-    from inlay_bench.methods import build, drawer
-    from inlay_bench.terminal import Progress, show
-
+    try:
+        from inlay_bench import report, runner
+        from inlay_bench.methods import build, drawer
+        from inlay_bench.terminal import Progress, show
+    except ModuleNotFoundError as error:
+        fix = "Install what it needs: pip install 'inlay[bench]'."
+        raise PluginError(f"there is no {error.name} here", where="inlay eval", fix=fix) from error
     if retry not in (None, "failed"):
         raise ConfigError(f"'{retry}' cannot be done again", where="--retry", fix="Say failed.")
     if n is not None and n < 1:
