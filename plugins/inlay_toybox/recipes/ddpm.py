@@ -264,7 +264,7 @@ def train(
         minutes,
         resume,
         seed=5,
-        adamw=2e-3,
+        adamw=4e-3,
         keep=0.999,
         report_every=report_every,
         preview=preview,
