@@ -39,7 +39,7 @@ def main() -> None:
     n = parser.parse_args().n
     show("models", model_table(n))
     for task, rows in TASKS.items():
-        summary = evaluate(task, rows, n if task == "toybox-affordance" else (n + 1) // 2)
+        summary = evaluate(task, rows, n if task == "toybox-affordance" else max(1, n // 4))
         show(task, "\n".join(insertion_tables(summary)))
         if task == "toybox-affordance":
             save(sheet(summary), OUT / "insertion.png")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from inlay_bench import runner, tasks
 from inlay_bench.measures import Column, Evidence, Numbers, measure
+from inlay_bench.methods import Method
 from inlay_bench.runner import Evaluation
 from inlay_bench.tasks import Item, Task, provider
 
@@ -39,14 +40,14 @@ def brightness(e: Evidence) -> Numbers:
     return {"brightness": float(e.picture.mean()), "gain": None if third else gain}
 
 
-class Brighter:
+class Brighter(Method):
     """Adds light. fails: items on which it raises. pause: seconds it takes."""
 
     def __init__(
         self, name: str, light: int, fails: Sequence[int] = (), pause: float = 0.0
     ) -> None:
         self.name, self.light, self.fails, self.pause = name, light, fails, pause
-        self.identity: dict[str, Any] = {"method": {"light": light}}
+        self.identity = {"method": {"light": light}}
         self.asked: list[str] = []
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -126,6 +127,29 @@ def test_a_picture_of_something_else_or_broken_is_made_again(tmp_path: Path) -> 
     assert again.asked == ["0000", "0001"]
 
 
+def test_inputs_are_drawn_once_and_again_when_something_else_draws_them(tmp_path: Path) -> None:
+    class Artist(bench_cases.Brighter):
+        def __call__(self, item: tasks.Item, source: Image.Image) -> Image.Image:
+            return super().__call__(item, Image.new("RGB", (8, 8), (item.seed, 0, 0)))
+
+    task = bench_cases.task(bare=True)
+    task.inputs = "drawn"
+
+    def drawn(artist: Artist, **more: Any) -> runner.Evaluation:
+        return runner.evaluate(task, [methods.Copy()], tmp_path, 3, draw=artist, **more)
+
+    draw, other = Artist("draw", 10), Artist("draw", 40)
+    first = drawn(draw)
+    drawn(draw, remeasure=True)
+    assert draw.asked == ["0000", "0001", "0002"]
+    with pytest.raises(InputError, match=r"pictures\.drawn by\.method\.light: 10 -> 40"):
+        drawn(other)
+    second = drawn(other, remeasure=True)
+    assert other.asked == draw.asked
+    light = [e.records["copy"]["0000"]["numbers"]["brightness"] for e in (first, second)]
+    assert light[1] > light[0]
+
+
 def test_an_input_that_is_not_the_recorded_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +248,8 @@ def test_a_methods_identity_holds_what_its_pictures_depend_on() -> None:
     assert plain.identity["method"]["steps"] == 28 and other.identity["method"]["steps"] == 5
     assert plain.identity["plugins"] == {"inlay": "0.1.0"}
     assert len(plain.identity["weights"]) == 64
-    assert not {"prompt", "subject", "seed", "input"} & plain.identity["method"].keys()
+    assert not {"subject", "seed", "input"} & plain.identity["method"].keys()
+    assert plain.identity["method"]["prompt"] == {"negative": ""}  # the others are the item's
     assert json.loads(json.dumps(plain.identity)) == plain.identity
 
 
@@ -252,6 +277,46 @@ def test_a_method_that_cannot_read_some_captions_fails_on_those(invoke: Invoke, 
     code, out, err = invoke(*words, "--methods", "t2i", "--n", 6, "--out", "cmp", "--json")
     row = next(row for row in json.loads(out)["rows"] if row["method"] == "t2i")
     assert code == 0 and row["failed"] and row["done"] and row["failed"] + row["done"] == 6, err
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_before_any_item(
+    invoke: Invoke, model: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["x_embedder.weight"] = torch.zeros(3, 3)
+    save_file(tensors, weights)
+    words = ("toybox-affordance", f"model={broken}", "--methods", "t2i", "--n", 2, "--out", "cmp")
+    code, _, err = invoke(*words)
+    assert code == 2 and "cannot be loaded" in err and "x_embedder.weight" in err
+    assert len(Path("cmp/t2i.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "attempt", interrupted)
+    code, _, err = invoke("toybox-affordance", "--methods", "twin", "--n", 2, "--out", "cmp")
+    assert code == 130 and "what is done stays in cmp; the same command goes on" in err
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torchmetrics'] = None\n"
+    code += "from inlay.cli.main import main\nmain()"
+    words = [sys.executable, "-c", code, "eval", "toybox-affordance"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and "pip install 'inlay[bench]'" in ended.stderr
+
+
+def test_tasks_are_listed(invoke: Invoke) -> None:
+    code, out, _ = invoke("--json")
+    assert code == 0 and set(json.loads(out)) == set(tasks.names())
+    assert "toybox-additing" in invoke()[1]
 
 
 def test_weights_of_the_wrong_shape_are_named(
@@ -288,7 +353,7 @@ def test_the_toyboxs_truth_scores_as_it_should(tmp_path: Path) -> None:
     """The true twin is perfect, the input unedited has no object, an object elsewhere may stand
     wrongly but leaves the background alone."""
     task = tasks.load("toybox-affordance")
-    wanted = ("inclusion", "affordance", "boxes", "contact", "background", "footprint")
+    wanted = ("inclusion", "affordance", "boxes", "contact", "clip", "background", "footprint")
     task.measures = list(wanted)
     rows = [methods.Twin(), methods.Twin(elsewhere=True), methods.Copy()]
     done = runner.evaluate(task, rows, tmp_path, 12)
@@ -300,6 +365,9 @@ def test_the_toyboxs_truth_scores_as_it_should(tmp_path: Path) -> None:
     assert means["elsewhere"]["affordance"] < 1
     assert means["elsewhere"]["psnr"] > means["elsewhere"]["psnr_strict"] + 20
     assert means["copy"]["inclusion"] == means["copy"]["affordance_all"] == 0
+    assert means["twin"]["clip_direction"] > 0.6 > means["copy"]["clip_direction"] == 0
+    assert means["twin"]["clip_out"] > means["copy"]["clip_out"] + 0.2
+    assert means["copy"]["clip_image"] == pytest.approx(1)
     assert np.isnan(means["copy"]["affordance"]) and np.isnan(means["copy"]["contact"])
 
 

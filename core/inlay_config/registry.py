@@ -64,7 +64,7 @@ def downloads() -> dict[str, dict[str, Any]]:
 
 
 def fetch(name: str) -> Path:
-    """Fetch the weights registered as `name` unless they are here; the file they are in."""
+    """Fetch the weights registered as `name`; where they are."""
     if name not in downloads():
         raise ModelError(f"nothing to fetch is called '{name}'", fix=suggest(name, downloads()))
     module, _, function = downloads()[name]["function"].partition(":")

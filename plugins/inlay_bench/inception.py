@@ -22,7 +22,7 @@ from torchvision.models.inception import (
     InceptionE,
 )
 
-SIDE = 299
+SIDE, DIMENSIONS = 299, 2048
 average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
@@ -75,10 +75,9 @@ def network() -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def prepare(x: Tensor) -> Tensor:
-    """Pictures `b 3 h w` in 0..1 as the network takes them: rounded to bytes as a file would be,
-    resized to 299, in -1..127/128."""
-    return (resize((x.clamp(0, 1) * 255).round(), SIDE) - 128) / 128
+def prepare(images: Tensor) -> Tensor:
+    """Pictures `b 3 h w` in 0..255 as the network takes them: resized to 299, in -1..127/128."""
+    return (resize(images, SIDE) - 128) / 128
 
 
 def resize(x: Tensor, side: int) -> Tensor:

@@ -31,8 +31,8 @@ class Column:
     """One number of a record.
 
     key: in the record. title: in tables. about: what it says. better: "higher", "lower" or "".
-    digits: shown after the point. mark: of a yes-or-no number, the word below a picture that a yes
-    puts there. unit: shown behind the number below a picture.
+    digits: shown after the point. mark, flag: of a yes-or-no number, the words below a picture that
+    a yes puts there, and a no. unit: shown behind the number below a picture.
     """
 
     key: str
@@ -41,6 +41,7 @@ class Column:
     better: str = "higher"
     digits: int = 3
     mark: str = ""
+    flag: str = ""
     unit: str = ""
 
 
@@ -232,7 +233,7 @@ def contact_mark(e: Evidence) -> Numbers:
         "input in order",
         "the detector finds in the input what its caption names, and not the object to insert",
         better="",
-        mark="input in order",
+        flag="input not in order",
     ),
     networks=("detector",),
 )

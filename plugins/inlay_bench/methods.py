@@ -7,10 +7,11 @@ same model; an experiment keeps its session from item to item.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from inlay_bench.tasks import Item, Task
 from inlay_config import config, manifest, registry
@@ -25,17 +26,20 @@ SANITY = ("copy", "vae")  # rows of every report
 RUN = ("guidance", "true_cfg", "size", "steps")
 
 
-class Method(Protocol):
-    """Something that edits pictures."""
+class Method(ABC):
+    """Something that edits pictures.
 
-    @property
-    def name(self) -> str:
-        """Names its row, its records and its pictures."""
+    name: of its row, its records and its pictures. identity: everything its pictures depend on, as
+    JSON holds it.
+    """
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything its pictures depend on, as JSON holds it."""
+    name: str
+    identity: dict[str, Any]
 
+    def load(self) -> None:  # noqa: B027  most need nothing
+        """Load what it needs. Raises ModelError, and then no item is tried."""
+
+    @abstractmethod
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
         """The picture of an item; `source` is the item's input."""
 
@@ -56,26 +60,27 @@ class Pipelines:
         return self._loaded[key]
 
 
-class Copy:
+class Copy(Method):
     """The input, untouched: what a method that does nothing scores."""
 
-    name = "copy"
-    identity: dict[str, Any] = {"method": "the input, untouched"}  # noqa: RUF012  never written to
+    def __init__(self) -> None:
+        self.name, self.identity = "copy", {"method": "the input, untouched"}
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
         return source
 
 
-class RoundTrip:
+class RoundTrip(Method):
     """The input through the autoencoder of the task's model: the best that a latent method can do
     where it changes nothing."""
 
-    name = "vae"
-
     def __init__(self, exp: Experiment, pipelines: Pipelines) -> None:
-        self.exp, self.pipelines = exp, pipelines
+        self.name, self.exp, self.pipelines = "vae", exp, pipelines
         place = {key: getattr(exp, key) for key in ("model", "dtype", "revision")}
         self.identity = {"method": "autoencoder round trip", **place, **weights_of(exp)}
+
+    def load(self) -> None:
+        self.pipelines(self.exp)
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
         import torch
@@ -88,7 +93,7 @@ class RoundTrip:
             return to_pil(backbone.decode(latent, (source.height, source.width)))[0]
 
 
-class Twin:
+class Twin(Method):
     """The true picture with the object, where the item knows it: what a perfect insertion scores.
 
     elsewhere: the true object moved sideways to a random place, every other pixel the input's: a
@@ -117,7 +122,7 @@ class Twin:
         return Image.fromarray(np.where(inside, np.roll(true, shift, 1), np.asarray(source)))
 
 
-class Edit:
+class Edit(Method):
     """An experiment; what the item says takes the place of its prompts, subject, picture and seed.
 
     path: as `inlay run` takes it. overrides: over the experiment, for every item.
@@ -132,9 +137,15 @@ class Edit:
         self.exp = config.load(path, self.overrides)
         self._session: tuple[Any, Any] = (None, None)
         resolved = config.to_dict(self.exp)
-        for mine in ("input", "out", "seed", "n", "prompt", "subject"):  # an item's, or no matter
+        for mine in ("input", "out", "seed", "n"):  # an item's, or no matter
             del resolved[mine]
+        for key in task.run:
+            inner, _, last = key.rpartition(".")
+            del (resolved[inner] if inner else resolved)[last]
         self.identity = {"method": resolved, "plugins": _owners(self.exp), **weights_of(self.exp)}
+
+    def load(self) -> None:
+        self.pipelines(self.exp)
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
         words = [f"{key}={item.texts[text]}" for key, text in self.task.run.items()]

@@ -91,17 +91,22 @@ class ClipEncoder:
     def from_pretrained(
         cls, where: str | Path, name: str | None = None, device: str | torch.device = "cpu"
     ) -> ClipEncoder:
-        """Load a folder or hub name. Raises ModelError when it is not a CLIP model."""
+        """Load a folder or hub name. Raises ModelError when it is no whole CLIP model."""
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
         try:
-            model = CLIPModel.from_pretrained(where).to(device)
+            model, told = CLIPModel.from_pretrained(
+                where, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = CLIPTokenizerFast.from_pretrained(where)
             processor = CLIPImageProcessor.from_pretrained(where)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             fix = "Give a folder or a name with a CLIPModel, its tokenizer and image processor."
             raise ModelError(f"no CLIP model: {error}", where=str(where), fix=fix) from error
-        return cls(model, tokenizer, processor, name or str(where), digest_of(model))
+        if told["missing_keys"]:  # transformers would draw them at random
+            missing = ", ".join(sorted(told["missing_keys"])[:3])
+            raise ModelError(f"the weights are not whole: no {missing}", where=str(where))
+        return cls(model.to(device), tokenizer, processor, name or str(where), digest_of(model))
 
     def images(self, x: Tensor) -> Tensor:
         seen = (self.prepare(x) - self.mean) / self.deviation
@@ -119,10 +124,9 @@ class ClipEncoder:
         height, width = x.shape[-2:]
         if height == width == self.side:
             return x
-        scale = self.side / min(height, width)
-        size = (self.side, self.side)
+        size = [self.side, self.side]
         if not self.squash:
-            size = (int(height * scale), int(width * scale))
+            size = [self.side * length // min(height, width) for length in (height, width)]
         x = F.interpolate(x, size, mode=self.resize, antialias=True).clamp(0, 1)
         top, left = ((length - self.side) // 2 for length in x.shape[-2:])
         return x[..., top : top + self.side, left : left + self.side]
@@ -146,16 +150,21 @@ class Lpips:
         return self.net(x.to(parameter), y.to(parameter), normalize=True)
 
 
-class FidInception:
-    """The FID's features, 2048 numbers per picture."""
+class FidInception(nn.Module):
+    """The FID's features; torchmetrics' `FrechetInceptionDistance(feature=...)` holds it."""
 
-    name = "FID Inception (2015)"
+    name, num_features = "FID Inception (2015)", fid.DIMENSIONS
 
     def __init__(self, net: nn.Module, digest: str):
+        super().__init__()
         self.net, self.digest = net, digest
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Bytes `b 3 h w` as vectors `b 2048`."""
+        return self.net(fid.prepare(images.to(next(self.net.parameters()))))
+
     def features(self, x: Tensor) -> Tensor:
-        return self.net(fid.prepare(x.to(next(self.net.parameters()))))
+        return self((x.clamp(0, 1) * 255).round())
 
 
 def judge(device: str | torch.device = "cpu") -> ClipEncoder:

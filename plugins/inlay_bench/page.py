@@ -207,6 +207,8 @@ def _below(summary: Summary, numbers: dict[str, float | None]) -> str:
         value = numbers.get(column.key)
         if value is not None and column.mark and value >= 1:
             words.append(column.mark)
+        elif value is not None and column.flag and value < 1:
+            words.append(column.flag)
         elif value is not None and column.unit:
             words.append(f"{value:.{column.digits}f} {column.unit}")
     return escape(", ".join(words))

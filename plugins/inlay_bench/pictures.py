@@ -19,7 +19,7 @@ from inlay_bench.records import on_disk
 from inlay_bench.tasks import Item
 from inlay_config import manifest
 from inlay_config.errors import InputError
-from inlay_config.images import open_image, whole
+from inlay_config.images import whole
 
 CHUNK = "inlay-eval"
 Draw = Callable[[Item, Image.Image], Image.Image]
@@ -28,7 +28,7 @@ Draw = Callable[[Item, Image.Image], Image.Image]
 @dataclass(frozen=True)
 class Stamp:
     """What a picture depends on, and how long it took. made_by: digest of an identity. made_from:
-    digest of the input's pixels."""
+    of the input's pixels, or of the words and the seed of an input that was drawn."""
 
     made_by: str
     made_from: str
@@ -64,21 +64,26 @@ def kept(path: Path, made_by: str, made_from: str) -> tuple[Image.Image, float] 
 
 
 class Sources:
-    """The inputs of items, on disk beside the results: given, or drawn once."""
+    """The inputs of items, on disk beside the results: given, or drawn once.
 
-    def __init__(self, out: Path, draw: Draw | None) -> None:
-        self.out, self.draw = out, draw
+    made_by: digest of what draws them.
+    """
+
+    def __init__(self, out: Path, draw: Draw | None, made_by: str = "") -> None:
+        self.out, self.draw, self.made_by = out, draw, made_by
 
     def __call__(self, item: Item) -> Image.Image:
         path = path_of(self.out, "input", item.id)
-        if path.is_file() and item.picture is None:
-            return open_image(path)
-        picture = item.picture
-        if picture is None:
-            if self.draw is None:
-                raise InputError("it has no picture", where=f"item {item.id}")
-            picture = self.draw(item, Image.new("RGB", (1, 1)))
-        store(picture, path)
+        if item.picture is not None:
+            store(item.picture, path)
+            return item.picture
+        if self.draw is None:
+            raise InputError("it has no picture", where=f"item {item.id}")
+        made_from = digest({"text": item.texts["source"], "seed": item.seed})
+        if drawn := kept(path, self.made_by, made_from):
+            return drawn[0]
+        picture = self.draw(item, Image.new("RGB", (1, 1)))
+        store(picture, path, Stamp(self.made_by, made_from))
         return picture
 
 

@@ -152,9 +152,7 @@ def as_markdown(summary: Summary) -> str:
         lines += ["", f"Differences to `{summary.baseline}`, on items that both have:", ""]
         lines += group_table(summary, columns, differences=True)
     lines += ["", *(f"* {note}" for note in notes(summary))]
-    lines += [
-        f"* **{c.title}** ({t.lower()}): {c.about}." for t, cs in summary.groups.items() for c in cs
-    ]
+    lines += [f"* **{c.title}** ({t}): {c.about}." for t, cs in summary.groups.items() for c in cs]
     return "\n".join([*lines, ""])
 
 

@@ -66,9 +66,11 @@ def evaluate(
             set_aside(out, beside=() if restart else ("pictures",))
         identities = {m.name: identity(task, m, networks, absent, seed, draw) for m in methods}
         books = {m.name: Records(out / f"{m.name}.jsonl", identities[m.name]) for m in methods}
-        sources = Sources(out, draw)
+        sources = Sources(out, draw, digest(draw.identity) if draw else "")
         for method in methods:
             book, made_by = books[method.name], digest(identities[method.name]["pictures"])
+            if not all(book.done(item.id, retry_failed) for item in items):
+                method.load()
             for i, item in enumerate(items):
                 if book.done(item.id, retry_failed):
                     check_input(item, book)
@@ -140,7 +142,7 @@ def load_networks(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     for name in dict.fromkeys(net for m in task.measures for net in MEASURES[m].networks):
         try:
             found[name] = measures.NETWORKS[name]()
-        except (ModelError, KeyError) as error:
+        except ModelError as error:
             missing[name] = str(error).replace(str(Path.home()), "~")
     absent = {
         m: missing[net] for m in task.measures for net in MEASURES[m].networks if net in missing

@@ -124,6 +124,15 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def listing() -> dict[str, dict[str, Any]]:
+    """The shipped tasks by name: summary, items, measures."""
+    read = {name: read_yaml(FOLDER / f"{name}.yaml") for name in names()}
+    return {
+        name: {"summary": task.summary, "items": task.n, "measures": list(task.measures)}
+        for name, task in read.items()
+    }
+
+
 def load(name: str) -> Task:
     """A task by name or YAML file. Raises ConfigError for what it does not know."""
     path = FOLDER / f"{name}.yaml" if name in names() else Path(name)

@@ -8,6 +8,7 @@ MODELS: dict[str, str] = {
     "flux": "text-to-image, FluxPipeline layout, 64 px",
     "sd": "text-to-image, StableDiffusionPipeline layout, 64 px",
     "clip": "pictures and captions in one space, CLIPModel layout; guides",
+    "judge": "another CLIPModel, trained otherwise; only ever judges",
     "detector": "finds and masks the toybox's 32 classes",
 }
 

@@ -117,14 +117,19 @@ def write(page: Path, names: list[str] | None = None, n: int = 200) -> list[Path
         ValueError: an unknown model, or a page without its block.
         OSError: no page there, or it cannot be written.
     """
-    text = page.read_text(encoding="utf-8")
     chosen = shipped(names)
-    text = fill(text, "models", model_table(shipped()))
+    text = page.read_text(encoding="utf-8")
+    for name in ("models", *chosen):
+        fill(text, name, "")
     pictures = page.parent / "pictures"
     pictures.mkdir(exist_ok=True)
+    blocks = {"models": model_table(shipped())}
     for name in chosen:
-        text = fill(text, name, section(name, n, pictures))
+        blocks[name] = section(name, n, pictures)
         print(f"{name} reported", flush=True)
+    text = page.read_text(encoding="utf-8")  # again: it may have been edited meanwhile
+    for name, block in blocks.items():
+        text = fill(text, name, block)
     partial = page.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(page)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MARKS = ("land", "water")  # habitats that leave one
-# Of 247 true twins 100 % reach it, of the same objects pasted 0 %, with the detector's masks; after
-# the autoencoder's round trip 98 % and 4 %.
-THRESHOLD = 0.4
+# By habitat. With the detector's masks 100 % of 247 true twins reach it, and 0 % of the same
+# objects pasted; after the autoencoder's round trip 98.8 % and 3.0 %; against a source with another
+# backdrop of the same ground, as when a method draws the picture anew, 98.4 % and 3.3 %.
+THRESHOLD = {"land": 0.4, "water": 0.5}
 TINT = (0.75, 0.9, 1.0)  # of a reflection
 DRIFT = 0.02  # change of a pixel that means nothing
 
@@ -22,7 +22,7 @@ def present(source: Tensor, edited: Tensor, mask: Tensor, habitat: str) -> bool 
     """Whether the object's contact mark is there: `strength` reaches `THRESHOLD`. None where none
     is expected (the sky) or none can be seen."""
     found = strength(source, edited, mask, habitat)
-    return None if found is None else found >= THRESHOLD
+    return None if found is None else found >= THRESHOLD[habitat]
 
 
 def strength(source: Tensor, edited: Tensor, mask: Tensor, habitat: str) -> float | None:
@@ -41,7 +41,7 @@ def strength(source: Tensor, edited: Tensor, mask: Tensor, habitat: str) -> floa
     Returns:
         The factor, or None: a sky object, an empty mask, or a mark outside the picture.
     """
-    if habitat not in MARKS or not mask.any():
+    if habitat not in THRESHOLD or not mask.any():
         return None
     if habitat == "land":
         mask = _whole_body(source, edited, mask)
@@ -52,9 +52,24 @@ def strength(source: Tensor, edited: Tensor, mask: Tensor, habitat: str) -> floa
     seen = int((opacity > 0.1).sum())
     if seen < 4:
         return None
+    if habitat == "water":
+        source = _level(source, edited, mask, opacity > 0)
     expected = opacity * (colour - source)
     energy = expected.square().sum() + 3 * seen * DRIFT**2
     return float(((edited - source) * expected).sum() / energy)
+
+
+def _level(source: Tensor, edited: Tensor, mask: Tensor, mark: Tensor) -> Tensor:
+    """The source with each row brought to the edited picture's colour on both sides of the mark:
+    water that is drawn anew is not a reflection."""
+    reach = max(1, mask.shape[-1] // 16)
+    columns = mark.any(0).nonzero().flatten()
+    beside = torch.zeros_like(mark)
+    beside[:, max(0, int(columns[0]) - reach) : int(columns[-1]) + 1 + reach] = True
+    beside &= ~_grown(mark | mask)
+    count = beside.sum(1)
+    change = torch.where(beside, edited - source, 0).sum(2) / count.clamp(min=1)
+    return source + torch.where(count >= 2, change, 0)[..., None]
 
 
 def _whole_body(source: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
@@ -64,9 +79,13 @@ def _whole_body(source: Tensor, edited: Tensor, mask: Tensor) -> Tensor:
     rest = (edited - left.clamp(0, 1) * source).abs().amax(0)
     body = (rest > 0.08) | (left < 0.45)
     for _ in range(max(1, mask.shape[-1] // 32)):
-        near = F.max_pool2d(mask[None, None].float(), 3, 1, 1)[0, 0].bool()
-        mask = mask | (near & body)
+        mask = mask | (_grown(mask) & body)
     return mask
+
+
+def _grown(mask: Tensor) -> Tensor:
+    """A mask `h w` and its neighbours."""
+    return F.max_pool2d(mask[None, None].float(), 3, 1, 1)[0, 0].bool()
 
 
 def _shadow(edited: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,7 +211,7 @@ def train(
     start: Path | None = None,
     batch_size: int = 16,
     report_every: int = 200,
-    scenes: int = 60_000,
+    scenes: int = 30_000,
     compiled: bool = False,
 ) -> Path:
     """Train, or go on training.
@@ -255,7 +255,7 @@ def train(
         return loss(output.float(), x0, noise, t, weight)
 
     def preview() -> None:
-        training.save_grid(generate(unet, fast_schedule(scheduler), 32), out / "samples.png")
+        training.save_grid(generate(unet, fast_schedule(scheduler), 16, steps=25), out / "samples.png")
 
     training.fit(
         {"unet": unet},
@@ -264,7 +264,7 @@ def train(
         minutes,
         resume,
         seed=5,
-        adamw=2e-3,
+        adamw=4e-3,
         keep=0.999,
         report_every=report_every,
         preview=preview,
