@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from inlay_attention import attention_modules
-from inlay_config.errors import ConfigError, ModelError
+from inlay_config.errors import ModelError
 
 from ..events import AttnSite, Branch, Cond
+from .geometry import Geometry
+from .geometry import Size as Size
 
-Size = tuple[int, int]
 Spans = Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]
 
 
-class Backbone(ABC):
+class Backbone(Geometry):
     """A pipeline as the loop sees it; it owns no weights.
 
     Latents are in the family's layout (`b c h w`, or FLUX's packed `b n c`), pictures `b 3 h w` in
@@ -78,35 +78,9 @@ class Backbone(ABC):
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         """The classifier-free scale of a lane; above 1 it gets a null branch."""
 
-    @property
-    @abstractmethod
-    def text_tokens(self) -> int:
-        """Length to which prompts are padded."""
-
-    @abstractmethod
-    def tokens(self, size: Size) -> int:
-        """Tokens of the longest attention sequence."""
-
-    @property
-    @abstractmethod
-    def native_size(self) -> Size:
-        """The size that the model was trained at."""
-
     def groups(self, branches: list[Branch]) -> tuple[tuple[str, ...], ...]:
         """Branches per model call, as the stock pipeline groups them."""
         return (tuple(b.name for b in branches),)
-
-    def to_grid(self, x: Tensor, size: Size) -> Tensor:
-        """Latents as `b c h w` of the token grid, for anything spatial."""
-        p = self.patch
-        return x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
-
-    def from_grid(self, grid: Tensor) -> Tensor:
-        """Inverse of `to_grid`; a mask `b 1 h w` becomes one that broadcasts over latents."""
-        p = self.patch
-        if grid.shape[1] == 1 and p > 1:
-            return repeat(grid, "b c h w -> b c (h p) (w q)", p=p, q=p)
-        return grid if p == 1 else rearrange(grid, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 
     def pack(self, z: Tensor) -> Tensor:
         """VAE latents `b c h w` in model layout."""
@@ -117,50 +91,9 @@ class Backbone(ABC):
         return x
 
     @property
-    def patch(self) -> int:
-        """Side of a token in latents that the model itself cuts into patches."""
-        return 1
-
-    @property
-    def multiple(self) -> int:
-        """Pixels per token."""
-        return int(self.pipe.vae_scale_factor)
-
-    @property
-    def divisor(self) -> int:
-        """Picture sides are multiples of it."""
-        return self.multiple
-
-    @property
     def decodes(self) -> bool:
         """Whether final latents can be made pictures."""
         return self.pipe.vae is not None
-
-    def grid(self, size: Size) -> Size:
-        """(height, width) in tokens."""
-        return size[0] // self.multiple, size[1] // self.multiple
-
-    def lengths(self, site: AttnSite, size: Size) -> Size:
-        """(queries, keys) of a site, in tokens."""
-        height, width = (-(-side // site.scale) for side in self.grid(size))
-        image, text = height * width, self.text_tokens
-        joint = text + image
-        return {"self": (image, image), "cross": (image, text), "joint": (joint, joint)}[site.kind]
-
-    def fit(self, size: Any, picture: Size | None) -> Size:
-        """A size the model allows: `size` (side or pair) rounded down, else the picture's shape at
-        the model's native area, else the native size. Raises ConfigError below two divisors."""
-        height, width = self.native_size
-        if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-        elif picture is not None:
-            ratio = (height * width / (picture[0] * picture[1])) ** 0.5 / self.divisor
-            height, width = (max(2, round(side * ratio)) * self.divisor for side in picture)
-        height, width = (side // self.divisor * self.divisor for side in (height, width))
-        if min(height, width) < 2 * self.divisor:
-            problem = f"{height}x{width} pixels is too small for this model"
-            raise ConfigError(problem, where="size", fix=f"Use {2 * self.divisor} or more.")
-        return height, width
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
