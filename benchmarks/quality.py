@@ -2,7 +2,7 @@
 
 Prints tables and writes them into docs/results.md between its markers. The models' figures are
 kept in outputs/toybox by their weights, insertions in outputs/quality by the harness (`inlay eval`)
-with a report each: what was measured once is not measured again. `quality.py --n 200`.
+with a report each: what was measured once is not measured again. `quality.py --n 200 --items 200`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ SHEET = ("input", "t2i", "addit", "addit_paste")
 def main() -> None:
     """Measure what is not measured yet, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=200, help="scenes of each table")
-    n = parser.parse_args().n
-    show("models", model_table(n))
+    parser.add_argument("--n", type=int, default=200, help="scenes of each figure of a model")
+    parser.add_argument("--items", type=int, default=200, help="items of the insertion task")
+    args = parser.parse_args()
+    show("models", model_table(args.n))
     for task, rows in TASKS.items():
-        summary = evaluate(task, rows, n if task == "toybox-affordance" else max(1, n // 4))
+        drawn = task == "toybox-additing"  # its inputs cost as much as an insertion
+        summary = evaluate(task, rows, max(1, args.items // 4) if drawn else args.items)
         show(task, "\n".join(insertion_tables(summary)))
         if task == "toybox-affordance":
             save(sheet(summary), OUT / "insertion.png")

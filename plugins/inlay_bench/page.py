@@ -100,7 +100,7 @@ def _table(summary: Summary, columns: Sequence[Column]) -> Iterator[str]:
     yield f'<div class="scroll"><table><tr><th></th>{heads}</tr>'
     for row in summary.rows:
         kind = ' class="sanity"' if row.method in SANITY else ""
-        below = "" if row.method in SANITY or not row.done else f"{row.seconds:.1f} s per item"
+        below = f"{row.seconds:.1f} s per item" if row.seconds >= 0.05 else ""
         if row.failed:
             below += f'<br><span class="bad">{row.failed} failed</span>'
         cells = "".join(_cell(summary, row, column) for column in columns)

@@ -453,14 +453,16 @@ def train(
     training.fit(
         {"clip": model}, loss_of, out, minutes, resume, design.seed, report_every=report_every
     )
-    training.save_grid(shown[0][:64] / 2 + 0.5, out / "samples.png")
-    return save(model, tokenizer, design.side, out / name)
+    if shown:
+        training.save_grid(shown[0][:64] / 2 + 0.5, out / "samples.png")
+    save(model, tokenizer, design.side, out / name)
+    training.export_log(out, out / name)
+    return out / name
 
 
-def save(model: CLIPModel, tokenizer: CLIPTokenizer, side: int, folder: Path) -> Path:
+def save(model: CLIPModel, tokenizer: CLIPTokenizer, side: int, folder: Path) -> None:
     """Write weights in bfloat16, marked to be loaded in float32, and the processor."""
     model.to(torch.bfloat16).save_pretrained(folder)
     CLIPProcessor(image_processor(side), tokenizer).save_pretrained(folder)
     file = folder / "config.json"
     file.write_text(file.read_text().replace("bfloat16", "float32"))
-    return folder

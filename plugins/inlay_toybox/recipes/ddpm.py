@@ -255,7 +255,8 @@ def train(
         return loss(output.float(), x0, noise, t, weight)
 
     def preview() -> None:
-        training.save_grid(generate(unet, fast_schedule(scheduler), 16, steps=25), out / "samples.png")
+        pictures = generate(unet, fast_schedule(scheduler), 16, steps=25)
+        training.save_grid(pictures, out / "samples.png")
 
     training.fit(
         {"unet": unet},
@@ -271,4 +272,5 @@ def train(
     )
     unet.to(torch.bfloat16)
     DDPMPipeline(unet, scheduler).save_pretrained(out / "ddpm")
+    training.export_log(out, out / "ddpm")
     return out / "ddpm"
