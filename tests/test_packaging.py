@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -53,8 +54,12 @@ def test_the_wheel_holds_data_and_licences(site: Path) -> None:
     scripts = (info / "entry_points.txt").read_text()
     assert "inlay = inlay.cli.main:main" in scripts
     assert "inlay-toybox = inlay_toybox.cli:main" in scripts
+    assert "eval = inlay_bench.cli:evaluate" in scripts
+    assert (site / "inlay_bench" / "tasks" / "toybox-affordance.yaml").is_file()
     packages = {p.name for p in site.iterdir() if p.is_dir()} - {info.name}
-    assert packages == {"inlay", "inlay_config", "inlay_plugins", "inlay_toybox"}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert packages == {Path(name).name for name in listed["targets"]["wheel"]["packages"]}
+    assert {"inlay", "inlay_config", "inlay_plugins", "inlay_toybox", "inlay_bench"} <= packages
 
 
 def test_the_wheel_works_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
