@@ -181,6 +181,8 @@ class Surprise:
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capfd):
     absent, broken, objects = (tmp_path / f"{n}.pt" for n in ("absent", "broken", "objects"))
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"junk\n")
     other, table = tmp_path / "other.safetensors", tmp_path / "table.pt"
     broken.write_bytes(b"no checkpoint at all")
     torch.save({"state": Surprise()}, objects)
@@ -189,6 +191,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, capfd):
     told = {
         absent: "no such file",
         broken: "is no checkpoint",
+        junk: "cannot be read",
         objects: "Python objects",
         table: "plain table",
         other: "not an ADM U-Net",
