@@ -10,6 +10,7 @@ MODELS: dict[str, str] = {
     "clip": "pictures and captions in one space, CLIPModel layout; guides",
     "judge": "another CLIPModel, trained otherwise; only ever judges",
     "detector": "finds and masks the toybox's 32 classes",
+    "sam2": "masks what is clicked or boxed, for the sam2 package's image predictor",
 }
 
 
