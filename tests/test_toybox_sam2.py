@@ -240,7 +240,8 @@ def test_the_recipe_goes_on_from_its_state_or_from_given_weights(tmp_path):
     folder, first = trained("a")
     assert segmenter.load(folder).image_size == sam2.architecture()["model"]["image_size"]
     _, spent = trained("a", resume=True)  # the budget is spent: nothing may change
-    _, further = trained("b", resume=True, start=folder)
+    finer, further = trained("b", resume=True, start=folder, size=96)
+    assert segmenter.load(finer).image_size == 192
     for key, value in first.items():
         torch.testing.assert_close(spent[key], value, rtol=0, atol=0)
         torch.testing.assert_close(further[key], value, rtol=0.1, atol=0.05)

@@ -8,6 +8,7 @@ without shadow or reflection.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from inlay_toybox.training import UNSEEN
 
 SIDE = 64
 SMALLEST = 16
-"""Objects with fewer visible pixels are not asked for."""
+"""Objects with fewer visible pixels, of pictures of this side, are not asked for."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the package's own image transform."""
 
@@ -99,16 +100,16 @@ def build(config: dict[str, Any]) -> SAM2Base:
     return model.train()
 
 
-def bodies(data: training.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Objects to ask for: index of the picture ``[n]``, and visible bodies ``[n, 1, 64, 64]``,
-    0 or 1.
+def bodies(data: training.Batch, side: int = SIDE) -> tuple[torch.Tensor, torch.Tensor]:
+    """Objects to ask for: index of the picture ``[n]``, and visible bodies ``[n, 1, side, side]``,
+    0 or 1; the pictures may be a whole number of times as large.
     """
     index, masks = [], []
     for b, drawn in enumerate(data.renderings):
-        scale = drawn.image.shape[0] // SIDE
+        scale = drawn.image.shape[0] // side
         small = F.avg_pool2d(torch.from_numpy(drawn.masks).float()[:, None], scale) > 0.5
         for mask in small:
-            if mask.sum() >= SMALLEST:
+            if mask.sum() >= SMALLEST * (side / SIDE) ** 2:
                 index.append(b)
                 masks.append(mask)
     return torch.tensor(index), torch.stack(masks).float()
@@ -145,7 +146,7 @@ def boxes(truth: torch.Tensor) -> torch.Tensor:
         corners.append([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]])
     exact = torch.tensor(corners).float()
     size = exact[:, 1:] - exact[:, :1]
-    return ((exact + 0.05 * size * torch.randn(exact.shape)) / SIDE).clamp(0, 1)
+    return ((exact + 0.05 * size * torch.randn(exact.shape)) / truth.shape[-1]).clamp(0, 1)
 
 
 def two_points(truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,7 +249,7 @@ def corrected(
     seen = F.interpolate(hint, truth.shape[-2:], mode="bilinear").cpu() > 0
     wrong = (seen != truth.cpu().bool()).float() + 1e-4 * truth.cpu()
     place = draw_pixels(wrong)
-    column, row = (place[:, 0] * SIDE).long().unbind(1)
+    column, row = (place[:, 0] * truth.shape[-1]).long().unbind(1)
     label = truth.cpu()[torch.arange(len(truth)), 0, row, column][:, None]
     return (torch.cat([points[0], place], 1), torch.cat([points[1], label], 1)), hint
 
@@ -259,6 +260,7 @@ def train(
     device: torch.device,
     resume: bool = False,
     start: Path | None = None,
+    size: int = SIDE,
     vae: Path | None = None,
     batch_size: int = 16,
     report_every: int = 100,
@@ -270,7 +272,9 @@ def train(
         out: folder for state, loss curve and sample grid; the model is written to ``out/sam2``.
         device: where to train.
         resume: go on from ``out``, or else from the weights in ``start``.
-        start: a saved model, usually the shipped one.
+        start: a saved model, usually the shipped one; it may be of another size.
+        size: side of the scenes in pixels, a multiple of 16. Inside they are twice as large, which
+            makes the decoder's masks half as fine as the scene.
         vae: an autoencoder for round trips; none are made without it.
         batch_size: scenes per step.
         report_every: steps between two lines of the log.
@@ -278,23 +282,25 @@ def train(
     Returns:
         The model's folder.
     """
-    config = architecture()
-    model = segmenter.load(start).train() if resume and start else build(config)
+    config = architecture(2 * size)
+    model = build(config)
+    if resume and start:
+        model.load_state_dict(segmenter.load(start).state_dict())
     model = model.to(device)
     coder = AutoencoderKL.from_pretrained(vae).float().to(device) if vae else None
     side = model.sam_prompt_encoder.mask_input_size[0]
 
     def loss_of(step: int) -> torch.Tensor:
         first = UNSEEN // 4 + step * batch_size
-        size = 2 * SIDE if step % 4 == 3 else SIDE
-        data = training.batch(range(first, first + batch_size), size)
-        index, truth = bodies(data)
-        images = disturb(data.images.to(device), coder if size == SIDE else None)
+        large = step % 4 == 3
+        data = training.batch(range(first, first + batch_size), 2 * size if large else size)
+        index, truth = bodies(data, size)
+        images = disturb(data.images.to(device), None if large else coder)
         click = draw_pixels(inside(truth)), torch.ones(len(truth), 1)
         second = (two_points(truth), None) if step % 2 else (None, hints(truth, side).to(device))
         goal = truth.to(device)
         # With heads this narrow the fused kernel's backward pass takes half of the step on a CPU.
-        plain = sdpa_kernel(SDPBackend.MATH)
+        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
         with torch.autocast(device.type, torch.bfloat16), plain:
             maps = [level[index.to(device)] for level in features(model, images)]
             rounds = [decode(model, maps, click), decode(model, maps, *second)]
