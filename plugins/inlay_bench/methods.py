@@ -165,7 +165,8 @@ class Edit(Method):
 
         options, session = self._session
         if session is None or options != exp.plugins:
-            session = Session(self.pipelines(exp), exp.plugins, exp.scheduler)
+            pipe = self.pipelines(exp)
+            session = Session(pipe, exp.plugins, exp.scheduler, resolve=exp.resolve)
             self._session = (exp.plugins, session)
         return session
 
