@@ -417,7 +417,7 @@ def train(
         The model's folder.
     """
     torch.manual_seed(design.seed)
-    if resume and start:
+    if resume and start and start.is_dir():
         tokenizer = CLIPTokenizer.from_pretrained(start)
         model = CLIPModel.from_pretrained(start, dtype=torch.float32)
     else:

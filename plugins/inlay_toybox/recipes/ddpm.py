@@ -28,6 +28,9 @@ SIZE = 64
 
 TIMESTEPS = 1000
 OBJECT_WEIGHT = 2.0
+STEEPEST = 30.0
+"""Largest weight of a timestep."""
+
 CHANNELS = (16, 32, 64, 80)
 
 
@@ -64,17 +67,26 @@ def schedule() -> DDPMScheduler:
 
 
 def fast_schedule(scheduler: DDPMScheduler) -> SchedulerMixin:
-    """A deterministic schedule for few steps, first order as in DDIM.
+    """A deterministic schedule for few steps, first order as in DDIM, previews clipped to -1..1.
 
     Stock ``DDIMScheduler`` does not take six channels; this one drops the variance by itself.
     """
     return DPMSolverMultistepScheduler.from_config(
-        scheduler.config, solver_order=1, timestep_spacing="trailing"
+        scheduler.config,
+        solver_order=1,
+        timestep_spacing="trailing",
+        thresholding=True,
+        sample_max_value=1.0,
     )
 
 
 class HybridLoss:
-    """Squared error of the noise, plus the variational bound as a function of the variance."""
+    """Squared error of the noise, plus the variational bound as a function of the variance.
+
+    The error counts ``1 / alphas_cumprod`` times, at most ``STEEPEST``: where there is much noise a
+    small error in it is a large one in the picture, and a short training that counts every
+    timestep once draws pictures of one colour.
+    """
 
     def __init__(self, scheduler: DDPMScheduler, device: torch.device) -> None:
         betas = scheduler.betas.double()
@@ -83,6 +95,7 @@ class HybridLoss:
         variance = betas * (1 - before) / (1 - kept)
         variance[0] = variance[1]
         tables = {
+            "weight": (1 / kept).clamp(max=STEEPEST),
             "signal": kept.sqrt(),
             "noise": (1 - kept).sqrt(),
             "from_x0": before.sqrt() * betas / (1 - kept),
@@ -117,7 +130,8 @@ class HybridLoss:
             weight: of each pixel's noise error, ``[b, 1, h, w]``.
         """
         guess, variance = output.chunk(2, 1)
-        simple = (weight * (guess - noise).square()).mean() / weight.mean()
+        weight = weight / weight.mean() * self.at("weight", t)
+        simple = (weight * (guess - noise).square()).mean()
         return simple + self.bound(guess.detach(), variance, x0, self.diffuse(x0, noise, t), t)
 
     def bound(
@@ -233,7 +247,7 @@ def train(
     torch.manual_seed(5)
     unet = (
         UNet2DModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
-        if resume and start
+        if resume and start and start.is_dir()
         else build()
     )
     unet = unet.to(device, memory_format=torch.channels_last).train()
@@ -266,7 +280,7 @@ def train(
         resume,
         seed=5,
         adamw=4e-3,
-        keep=0.999,
+        keep=0.995,
         report_every=report_every,
         preview=preview,
     )
