@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from inlay.cli.run import hush_loading_bars
 from inlay_bench import methods, pictures, report, runner, tasks
 from inlay_bench.records import OtherIdentity
 from inlay_bench.report import Summary
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="scenes of each figure of a model")
     parser.add_argument("--items", type=int, default=200, help="items of the insertion task")
     args = parser.parse_args()
+    hush_loading_bars()
     show("models", model_table(args.n))
     for task, rows in TASKS.items():
         drawn = task == "toybox-additing"  # its inputs cost as much as an insertion
