@@ -31,7 +31,7 @@ SETTINGS = {
     "height": 64,
     "width": 64,
     "num_inference_steps": 30,
-    "guidance_scale": 5.0,
+    "guidance_scale": 3.0,
     "negative_prompt": "",
 }
 """How to sample from the model; written beside the weights as ``settings.json``."""
