@@ -9,6 +9,7 @@ MODELS: dict[str, str] = {
     "sd": "text-to-image, StableDiffusionPipeline layout, 64 px",
     "clip": "pictures and captions in one space, CLIPModel layout; guides",
     "judge": "another CLIPModel, trained otherwise; only ever judges",
+    "ddpm": "unconditional, over pixels, learned variance, DDPMPipeline layout, 64 px",
     "detector": "finds and masks the toybox's 32 classes",
     "sam2": "masks what is clicked or boxed, for the sam2 package's image predictor",
 }
