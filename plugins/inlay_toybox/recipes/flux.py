@@ -9,7 +9,6 @@ it a meaning).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ from diffusers import (
 )
 from torch import nn
 
-from inlay_toybox import text, training, world
+from inlay_toybox import pipelines, text, training
 from inlay_toybox.latents import OBJECT_WEIGHT, make_cache, samples
-from inlay_toybox.training import UNSEEN
 
 GUIDANCE = (1.0, 5.0)
 NOISE_SHIFT = 2.2
@@ -131,35 +129,15 @@ def noise_levels(n: int, device: torch.device) -> torch.Tensor:
 
 
 def save(pipe: FluxPipeline, folder: Path, size: int, **changes: float) -> None:
-    """Write the pipeline in the stock layout, with the recommended settings.
-
-    Transformer and autoencoder are written in bfloat16. The small text encoders stay in float32:
-    transformers loads a model in the type of its file, diffusers in float32 unless told otherwise,
-    and a plain ``from_pretrained(folder)`` should give a pipeline of one type.
-    """
-    large = (pipe.transformer, pipe.vae)
-    held = [module.dtype for module in large]
-    for module in large:
-        module.to(torch.bfloat16)
-    pipe.save_pretrained(folder)
-    for module, dtype in zip(large, held, strict=True):
-        module.to(dtype)
+    """Write the pipeline with the recommended settings, some of them changed."""
     settings = SETTINGS | {"height": size, "width": size} | changes
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    pipelines.save(pipe, pipe.transformer, folder, settings)
 
 
 def preview(pipe: FluxPipeline, file: Path, size: int, n: int = 24, **changes: float) -> None:
     """Pictures of unseen captions, for the eye."""
-    captions = [world.sample(UNSEEN + i, True, 1 + i % 2).caption for i in range(n)]
-    pipe.set_progress_bar_config(disable=True)
-    settings = SETTINGS | {"height": size, "width": size, "num_inference_steps": 16} | changes
-    out = pipe(
-        captions,
-        **settings | {"negative_prompt": [""] * n},
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
-    training.save_grid(out.float(), file)
+    settings = SETTINGS | {"height": size, "width": size} | changes
+    pipelines.preview(pipe, file, settings, n)
 
 
 def train(

@@ -7,7 +7,6 @@ Diffusion, with objects weighted and captions dropped one time in ten.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from einops import rearrange
 from torch.nn import functional as F
 
-from inlay_toybox import text, training, world
+from inlay_toybox import pipelines, text, training
 from inlay_toybox.latents import OBJECT_WEIGHT, make_cache, samples
-from inlay_toybox.training import UNSEEN
 
 TIME_SHIFT = 1.6
 SETTINGS = {
@@ -99,34 +97,15 @@ def timesteps(n: int, count: int, device: torch.device) -> torch.Tensor:
 
 
 def save(pipe: StableDiffusionPipeline, folder: Path, size: int) -> None:
-    """Write the pipeline in the stock layout, with the recommended settings.
-
-    U-Net and autoencoder are written in bfloat16, the text encoder in float32, for the reason given
-    in ``recipes.flux.save``.
-    """
-    large = (pipe.unet, pipe.vae)
-    held = [module.dtype for module in large]
-    for module in large:
-        module.to(torch.bfloat16)
-    pipe.save_pretrained(folder)
-    for module, dtype in zip(large, held, strict=True):
-        module.to(dtype)
+    """Write the pipeline with the recommended settings."""
     settings = SETTINGS | {"height": size, "width": size}
-    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    pipelines.save(pipe, pipe.unet, folder, settings)
 
 
 def preview(pipe: StableDiffusionPipeline, file: Path, size: int, n: int = 24) -> None:
     """Pictures of unseen captions, for the eye."""
-    captions = [world.sample(UNSEEN + i, True, 1 + i % 2).caption for i in range(n)]
-    pipe.set_progress_bar_config(disable=True)
-    settings = SETTINGS | {"height": size, "width": size, "num_inference_steps": 16}
-    out = pipe(
-        captions,
-        **settings | {"negative_prompt": [""] * n},
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
-    training.save_grid(out.float(), file)
+    settings = SETTINGS | {"height": size, "width": size}
+    pipelines.preview(pipe, file, settings, n)
 
 
 def train(
