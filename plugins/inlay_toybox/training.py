@@ -86,8 +86,10 @@ class Optimisers:
         for name, parameter in named:
             inner = not any(part in name for part in outer)
             if convolutions and inner and parameter.ndim == 4:
-                # A view of the same memory: what Muon writes there, the convolution reads.
-                self.flat.append((parameter, nn.Parameter(parameter.detach().flatten(1))))
+                # A view of the same memory: what Muon writes there, the convolution reads. Kernels
+                # in channels_last have no such view, and it raises.
+                flat = nn.Parameter(parameter.detach().view(len(parameter), -1))
+                self.flat.append((parameter, flat))
                 matrices.append(self.flat[-1][1])
             else:
                 (matrices if inner and parameter.ndim == 2 else rest).append(parameter)
