@@ -52,10 +52,16 @@ def distance(a: Statistics, b: Statistics) -> float:
     Raises ValueError for fewer than two pictures.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    root = (vectors * _roots(values)) @ vectors.T
+    shared = _roots(torch.linalg.eigvalsh(root @ b.covariance @ root)).sum()
     gap = (a.mean - b.mean).square().sum()
     return float(gap + a.covariance.trace() + b.covariance.trace() - 2 * shared)
+
+
+def _roots(eigenvalues: Tensor) -> Tensor:
+    """Roots `d`, 0 for what is rounding: its root would be a hundred million times larger."""
+    noise = eigenvalues.amax() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return torch.where(eigenvalues > noise, eigenvalues, 0.0).clamp(min=0).sqrt()
 
 
 def collect(embed: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Statistics:
