@@ -130,3 +130,15 @@ def test_it_runs_by_its_name(tmp_path, monkeypatch, capfd):
             inlay_cli.main()
         assert not ended.value.code, capfd.readouterr().err
     assert list(tmp_path.rglob("*.png"))
+
+
+def test_addit_inserts_into_a_picture_of_the_unet():
+    """The plugins of Add-it on a U-Net: something new inside the mask, the source outside."""
+    names = ["model=toybox/sd", "guidance=3.0", "true_cfg=1.0", "device=cpu", "steps=12"]
+    result = inlay.run("addit", names)
+    source, edit = result.images["source"], result.images["edit"]
+    mask = result.board["mask:subject"]
+    assert 0 < mask.mean() < 0.5
+    inside = torch.nn.functional.interpolate(mask, source.shape[-2:]) > 0
+    moved = (edit - source).abs().mean(1, keepdim=True)
+    assert moved[inside].mean() > 5 * moved[~inside].mean()
