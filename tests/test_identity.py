@@ -84,16 +84,16 @@ def test_flux_is_bit_identical(scheduler, true_cfg, n, size):
 @pytest.mark.parametrize("scheduler", [s for s in SD_SCHEDULERS if s != "DDPMScheduler"])
 @pytest.mark.parametrize(("guidance", "n", "size"), [(1.0, 1, (32, 32)), (6.0, 2, (24, 40))])
 def test_stable_diffusion_xl_is_bit_identical(scheduler, guidance, n, size):
-    same_as_stock(stable_diffusion_xl(), scheduler, guidance, n, size)
+    assert_same_as_stock(stable_diffusion_xl(), scheduler, guidance, n, size)
 
 
 @pytest.mark.parametrize("scheduler", FLOW_SCHEDULERS)
 @pytest.mark.parametrize(("guidance", "n", "size"), [(1.0, 1, (32, 32)), (6.0, 2, (24, 40))])
 def test_stable_diffusion_3_is_bit_identical(scheduler, guidance, n, size):
-    same_as_stock(stable_diffusion_3(), scheduler, guidance, n, size)
+    assert_same_as_stock(stable_diffusion_3(), scheduler, guidance, n, size)
 
 
-def same_as_stock(pipe, scheduler, guidance, n, size):
+def assert_same_as_stock(pipe, scheduler, guidance, n, size):
     """A pipeline with pooled text and CFG by `guidance_scale`, against its own call."""
     given = conds()
     session = inlay.Session(pipe, scheduler=scheduler)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from inlay_attention import attention_modules
@@ -54,12 +55,6 @@ class Backbone(Geometry):
         """The prompt as the stock pipeline encodes it. Raises InputError when it is too long."""
 
     @abstractmethod
-    def latent(
-        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
-    ) -> Tensor:
-        """x_T of n pictures, drawn as the stock pipeline draws it; or `given`, on the device."""
-
-    @abstractmethod
     def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
         """As the stock pipeline sets them (FLUX shifts with the picture's size)."""
 
@@ -77,6 +72,16 @@ class Backbone(Geometry):
     @abstractmethod
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         """The classifier-free scale of a lane; above 1 it gets a null branch."""
+
+    def latent(
+        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
+    ) -> Tensor:
+        """x_T of n pictures, drawn as the stock pipeline draws it; or `given`, on the device."""
+        if given is not None:
+            return given.to(self.device, self.dtype)
+        sides = (side * self.patch for side in self.grid(size))
+        shape = (n, self.denoiser.config.in_channels, *sides)
+        return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 
     def groups(self, branches: list[Branch]) -> tuple[tuple[str, ...], ...]:
         """Branches per model call, as the stock pipeline groups them."""

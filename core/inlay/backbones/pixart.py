@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..events import AttnSite, Cond
@@ -57,15 +56,6 @@ class PixArt(Backbone):
         options = {"device": self.device, "max_sequence_length": self.text_tokens}
         embeds, mask, _, _ = self.pipe.encode_prompt(prompt, False, **options)
         return Cond(embeds, None, tokens, mask)
-
-    def latent(
-        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
-    ) -> Tensor:
-        if given is not None:
-            return given.to(self.device, self.dtype)
-        height, width = (side // int(self.pipe.vae_scale_factor) for side in size)
-        shape = (n, self.denoiser.config.in_channels, height, width)
-        return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 
     def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
         retrieve_timesteps(scheduler, steps, self.device, None, sigmas)

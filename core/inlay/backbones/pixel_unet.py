@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..events import AttnSite, Cond
@@ -54,14 +53,6 @@ class PixelUNet(Backbone):
 
     def encode_text(self, prompt: str) -> Cond:
         return Cond(torch.zeros(1, 0, 0))
-
-    def latent(
-        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
-    ) -> Tensor:
-        if given is not None:
-            return given.to(self.device, self.dtype)
-        shape = (n, self.denoiser.config.in_channels, *size)
-        return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 
     def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
         scheduler.set_timesteps(steps, **({} if sigmas is None else {"sigmas": sigmas}))

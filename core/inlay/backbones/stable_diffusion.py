@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..events import AttnSite, Cond
@@ -46,14 +45,6 @@ class StableDiffusion(Backbone):
     def encode_text(self, prompt: str) -> Cond:
         tokens = pieces(self.pipe.tokenizer, prompt, self.text_tokens)
         return Cond(self.pipe.encode_prompt(prompt, self.device, 1, False)[0], None, tokens)
-
-    def latent(
-        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
-    ) -> Tensor:
-        if given is not None:
-            return given.to(self.device, self.dtype)
-        shape = (n, self.denoiser.config.in_channels, *self.grid(size))
-        return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 
     def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
         retrieve_timesteps(scheduler, steps, self.device, None, sigmas)

@@ -74,13 +74,6 @@ class StableDiffusion3(Backbone):
         )
         return Cond(embeds, pooled, tokens)
 
-    def latent(
-        self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
-    ) -> Tensor:
-        channels, place = self.denoiser.config.in_channels, (self.dtype, self.device)
-        drawn: Tensor = self.pipe.prepare_latents(n, channels, *size, *place, generator, given)
-        return drawn
-
     def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:
         options, config = {}, scheduler.config
         if config.get("use_dynamic_shifting", None):
