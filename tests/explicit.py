@@ -16,6 +16,13 @@ SPANS = {"text": slice(0, TEXT), "image": slice(TEXT, TOKENS), "all": slice(0, T
 ROWS = {"source/text": 1, "edit/null": 1, "edit/text": 2}
 
 
+def adain(x, y):
+    """x with the mean and deviation of y over the tokens, `b h n d`."""
+    moments = lambda z: (z.mean(2, keepdim=True), ((z - z.mean(2, keepdim=True)) ** 2).mean(2))  # noqa: E731
+    (mx, vx), (my, vy) = moments(x), moments(y)
+    return (x - mx) / (vx[:, :, None] + 1e-5).sqrt() * (vy[:, :, None] + 1e-5).sqrt() + my
+
+
 @dataclass
 class Site:
     """A joint site with a program, and the same computed with every map in full."""
@@ -106,6 +113,13 @@ class Site:
             return products / math.sqrt(WIDTH) * gain
 
         n = rows.stop - rows.start
+        own_q, own_k = self.q[rows], k[rows]
+        for op, o in acting:
+            if op == "align":
+                other, at = twin(o["from_"]), SPANS[o["keys"]]
+                own_q, own_k = own_q.clone(), own_k.clone()
+                own_q[:, :, at] = adain(own_q[:, :, at], self.q[other][:, :, at])
+                own_k[:, :, at] = adain(own_k[:, :, at], k[other][:, :, at])
         routes = {
             how: (twin(o[how]), self._at(o.get("keys", "all")))
             for op, o in acting
@@ -114,10 +128,10 @@ class Site:
             if how in o
         }
         own_v, mask = v[rows].clone(), self._mask(rows, query).expand(n, 1, TOKENS).clone()
-        q = self.q[rows, :, query]
+        q = own_q[:, :, query]
         if "qk" in routes:
             q = self.q[routes["qk"][0], :, query].expand(n, -1, -1)
-        logits = logits_of(rows, q)
+        logits = torch.einsum("b h d, b h n d -> b h n", q, own_k) / math.sqrt(WIDTH)
         if "kv" in routes:
             other, at = routes["kv"]
             own_v[:, :, at] = v[other].expand(n, -1, -1, -1)[:, :, at]

@@ -16,6 +16,7 @@ from models import conds, flux
 from spies import Editor, plugin
 
 EXAMPLES = {  # (op, options) of each kind of edit, on the text's three keys where it matters
+    "align": ("align", {"from_": "source", "keys": "image"}),
     "scale": ("scale", {"keys": (0, 1), "weight": 2.0}),
     "bias": ("bias", {"keys": "image", "bias": 0.7}),
     "gain": ("gain", {"keys": "image", "gain": 1.2}),
@@ -38,7 +39,7 @@ PAIRS = [(a, b) for i, a in enumerate(EDITS) for b in EDITS[i:]]
 
 def declared(kind, plugin, **fields):
     op, _, how = kind.partition(" ")
-    from_ = "source" if op in ("mix", "route", "append") else ""
+    from_ = "source" if op in ("align", "mix", "route", "append") else ""
     fields = {"sites": frozenset({"s", "t"}), "steps": frozenset({0, 1}), **fields}
     return DeclaredEdit(plugin, op, fields.pop("lane", "edit"), from_=from_, how=how, **fields)
 

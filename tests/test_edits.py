@@ -52,6 +52,18 @@ def test_append_attends_to_another_lane(keys, how):
     assert_exact(Site([("append", "edit", "all", options)]))
 
 
+@pytest.mark.parametrize("keys", ["all", "text", "image"])
+@pytest.mark.parametrize("queries", ["all", "text", "image"])
+def test_align_takes_the_statistics_of_another_lane(keys, queries):
+    gained = ("gain", "edit", "image", {"keys": "image", "gain": 1.3})  # parts the queries
+    assert_exact(Site([("align", "edit", queries, {"from_": "source", "keys": keys}), gained]))
+
+
+def test_aligned_to_itself_nothing_moves():
+    site = Site([("align", "edit/text", "all", {"from_": "edit/text", "keys": "image"})])
+    torch.testing.assert_close(site.run(), Site().run(), rtol=0, atol=1e-12)
+
+
 def test_append_takes_the_same_role_where_the_source_has_it():
     rows = {"source/null": 1, "source/text": 1, "edit/null": 1, "edit/text": 1}
     assert_exact(Site([("append", "edit", "all", {"from_": "source", "keys": "image"})], rows))
@@ -310,16 +322,17 @@ further = st.one_of(
     alone=st.none() | exclusive,
     qk=st.none() | edit_of("route", qk=SOURCE),
     kv=st.none() | edit_of("route", kv=SOURCE),
+    align=st.none() | edit_of("align", from_=SOURCE, keys=st.sampled_from(["all", "image"])),
     mask=st.sampled_from(sorted(set(MASKS) - {"causal"})),  # a second softmax needs a key to see
     seed=st.integers(0, 5),
 )
-def test_random_combinations_of_the_whole_algebra(ops, alone, qk, kv, mask, seed):
+def test_random_combinations_of_the_whole_algebra(ops, alone, qk, kv, align, mask, seed):
     if alone and "keys" in alone[3] and alone[3]["keys"] in SQUARE:
         g = torch.Generator().manual_seed(seed)
         m = SQUARE[alone[3]["keys"]]
         matrix = torch.rand(m, m, generator=g, dtype=torch.float64)
         alone = (*alone[:3], alone[3] | {"matrix": matrix})
-    site = Site([*ops, *filter(None, (alone, qk, kv))], mask=MASKS[mask], seed=seed)
+    site = Site([*ops, *filter(None, (alone, qk, kv, align))], mask=MASKS[mask], seed=seed)
     site.probes = [("columns", "edit/text", "columns", (0, 2)), ("rows", "edit/text", "rows", (1,))]
     expected, maps = site.explicit()
     torch.testing.assert_close(site.run(), expected, rtol=0, atol=1e-11)

@@ -16,8 +16,8 @@ from inlay_attention.algebra import How, Op, Span
 from inlay_config.errors import ConfigError, PlanConflict
 
 KINDS = (
-    "scale", "bias", "gain", "map", "mix", "route qk", "route kv", "append join", "append sum",
-    "append side", "identity", "patch", "probe",
+    "align", "scale", "bias", "gain", "map", "mix", "route qk", "route kv", "append join",
+    "append sum", "append side", "identity", "patch", "probe",
 )  # fmt: skip
 UNLESS_SAME = {  # fine when one plugin says both
     frozenset(pair): reason
@@ -30,6 +30,7 @@ UNLESS_SAME = {  # fine when one plugin says both
     )
 }
 UNLESS_EQUAL = {  # fine when both say the same
+    frozenset(["align"]): "they take the statistics of different branches",
     frozenset(["route qk"]): "they take the maps of different branches",
     frozenset(["route kv"]): "they take the content of different branches",
 }

@@ -1,6 +1,7 @@
 """The edit algebra: what can be said about an attention site, as data.
 
 With P = softmax(Q Kᵀ / √d + mask) of a branch's rows, out = P V:
+  align     Q, K ← AdaIN(Q, Q'): mean and deviation over tokens, per head and channel, of another's
   route     qk: P of another branch; kv: its keys and values, or its values when qk is another's
   append    keys of others too. join: beside the own ones, in one softmax; side: in a softmax of
             their own, added; sum: in place of the own ones, K ← own·K + g·K', V likewise
@@ -30,7 +31,7 @@ Keys = Span | tuple[int, ...]
 Number = float | Tensor
 Pair = tuple[Tensor, Tensor]
 How = Literal["", "qk", "kv", "join", "sum", "side"]
-Op = Literal["route", "append", "gain", "bias", "scale", "map", "mix", "identity", "patch"]
+Op = Literal["align", "route", "append", "gain", "bias", "scale", "map", "mix", "identity", "patch"]
 
 
 class Key(NamedTuple):
@@ -100,6 +101,11 @@ class AttnEdits:
     def bias(self, keys: Keys, bias: Number) -> AttnEdits:
         """Add to the logits of `keys`: a number, `m`, `n m`, or what broadcasts over `b h n m`."""
         return self._add("bias", keys=keys, value=bias)
+
+    def align(self, from_: str, keys: Span = "all") -> AttnEdits:
+        """Queries and keys of these tokens take mean and deviation (over the tokens, per head and
+        channel) of another lane or branch: AdaIN, as in StyleAligned (Hertz et al. 2023, eq. 4)."""
+        return self._add("align", from_, keys=keys)
 
     def map(self, keys: Keys, matrix: Tensor) -> AttnEdits:
         """P[:, keys] ← P[:, keys] M, matrix `m m`: attention paid to key i counts for key j."""

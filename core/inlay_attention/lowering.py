@@ -23,7 +23,7 @@ Spans = dict[str, slice]
 Sdpa = Callable[..., Tensor]
 ALL = slice(None)
 ORDER: tuple[Op, ...] = (
-    "route", "append", "gain", "bias", "scale", "map", "mix", "identity", "patch",
+    "align", "route", "append", "gain", "bias", "scale", "map", "mix", "identity", "patch",
 )  # fmt: skip
 
 
@@ -105,6 +105,9 @@ class SiteProgram:
         keys behind the own ones. Values are not edited."""
         edits, n = self._acting(branch, at, spans[0]), whole.q[self.rows[branch]].shape[0]
         read, routed = self._of(whole, branch, n, at, edits), {e.how for e in edits}
+        if any(e.op == "align" for e in edits):
+            q, k = self._aligned(whole, branch, n, edits, spans)
+            read = replace(read, q=q[:, :, at], k=k)
         for e in (e for e in edits if e.op == "route"):
             new, keys = self._of(whole, e.from_, n, at, edits), _index(e.keys, spans[1], read.k)
             if new.k.shape[2] != read.k.shape[2]:
@@ -174,6 +177,22 @@ class SiteProgram:
 
                 return [e.value(own.q, own.k, own.v, own.mask, plain)]
         return [*first, *more]
+
+    def _aligned(
+        self, whole: _Read, branch: str, n: int, edits: Sequence[Edit], spans: tuple[Spans, Spans]
+    ) -> tuple[Tensor, Tensor]:
+        """All queries and keys of a branch: statistics are those of a whole span, whichever of its
+        queries are asked for."""
+        own = self._of(whole, branch, n, ALL, edits)
+        sides = [own.q, own.k]
+        for e in (e for e in edits if e.op == "align"):
+            other = self._of(whole, e.from_, n, ALL, edits)
+            for i, (theirs, named) in enumerate(zip((other.q, other.k), spans, strict=True)):
+                if e.keys != "all" and e.keys not in named:
+                    raise self._problem(e, f"needs queries and keys of the {e.keys}")
+                x, tokens = sides[i], _index(e.keys, named, sides[i])
+                sides[i] = _put(x, tokens, _adain(x[:, :, tokens], theirs[:, :, tokens]))
+        return sides[0], sides[1]
 
     def _of(
         self, whole: _Read, name: str, n: int, at: slice, edits: Sequence[Edit], keys: Any = ALL
@@ -334,6 +353,13 @@ def _per_key(value: Any) -> Any:
 def _mapped(matrix: Tensor | None, v: Tensor) -> Tensor:
     """M V: `m k`, `b h k d` -> `b h m d`."""
     return v if matrix is None else einsum(matrix.to(v), v, "m k, b h k d -> b h m d")
+
+
+def _adain(x: Tensor, y: Tensor) -> Tensor:
+    """x `b h n d` with the mean and deviation over tokens of y `b h m d`."""
+    deviation = (y.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    spread = (x.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    return (x - x.mean(2, True)) / spread * deviation + y.mean(2, True)
 
 
 def _expand(x: Tensor, n: int) -> Tensor:
