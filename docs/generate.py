@@ -6,11 +6,15 @@ A test fails when a page is not what this would write.
 from __future__ import annotations
 
 import re
+import sys
+from functools import cache
+from itertools import count
 from pathlib import Path
 
 from inlay import conflicts
 
 DOCS = Path(__file__).parent
+sys.path.append(str(DOCS.parent / "tests"))  # what the tests measure is what the pages say
 CELLS = {"composes": "·", "refused": "**×**", "refused unless one plugin": "one plugin",
          "refused unless equal": "if equal"}  # fmt: skip
 
@@ -32,7 +36,66 @@ def conflict_table() -> str:
     return "\n".join([*lines, "", key, "", *listed])
 
 
-PARTS = {"attention.md": {"conflicts": conflict_table}}
+@cache
+def pair_verdicts() -> dict[tuple[str, str], dict[str, list[str]]]:
+    """What the plan of every pair of first-party plugins says -> the models it says so for."""
+    import compositions
+    from inlay import backbones
+    from inlay_config import registry
+
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for model in compositions.MODELS:
+        pipe = backbones.skeleton(registry.resolve_model(model))
+        for pair in compositions.PAIRS:
+            said = compositions.verdict(pipe, model, *pair)
+            found.setdefault(pair, {}).setdefault(said, []).append(model)
+    return found
+
+
+def pair_matrix() -> str:
+    """A row and a column per plugin; refusals are numbered as `refusals` lists them."""
+    import compositions
+
+    names, number = compositions.PLUGINS, count(1)
+    cells = {}
+    for pair, verdicts in pair_verdicts().items():
+        cell = {PAIR_CELLS.get(said, "**×**"): "" for said in verdicts}
+        refused = [str(next(number)) for said in verdicts if said not in PAIR_CELLS]
+        cells[pair] = " ".join([*cell, ", ".join(refused)]).strip()
+    lines = ["| | | " + " | ".join(map(str, range(2, len(names) + 1))) + " |",
+             "|---|---" + "|:---:" * (len(names) - 1) + "|"]  # fmt: skip
+    for i, row in enumerate(names):
+        shown = [cells[row, column] for column in names[i + 1 :]]
+        lines.append(f"| {i + 1} | `{row}` | " + " | ".join([""] * i + shown) + " |")
+    return "\n".join(lines)
+
+
+def refusals() -> str:
+    """The messages, in the order of their numbers in the matrix."""
+    said = [(pair, message, models) for pair, verdicts in pair_verdicts().items()
+            for message, models in verdicts.items() if message not in PAIR_CELLS]  # fmt: skip
+    return "\n".join(
+        f"{i}. `{a}`, `{b}` on {' and '.join(f'`{model}`' for model in models)}: {message}"
+        for i, ((a, b), message, models) in enumerate(said, 1)
+    )
+
+
+def invariants() -> str:
+    """What stays true of each plugin in every pair."""
+    import compositions
+
+    lines = ["| plugin | run with | always |", "|---|---|---|"]
+    for name, case in compositions.CASES.items():
+        companions = ", ".join(f"`{other}`" for other in case.companions)
+        lines.append(f"| `{name}` | {companions} | {case.says} |")
+    return "\n".join(lines)
+
+
+PAIR_CELLS = {"composes": "·", "needs": "needs"}
+PARTS = {
+    "attention.md": {"conflicts": conflict_table},
+    "compose.md": {"matrix": pair_matrix, "refusals": refusals, "invariants": invariants},
+}
 
 
 def written(page: Path) -> str:

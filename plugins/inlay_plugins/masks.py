@@ -39,7 +39,7 @@ def is_flat(maps: Tensor) -> Tensor:
 
 def otsu(maps: Tensor) -> Tensor:
     """1 where a map exceeds its own Otsu threshold (256 bins), else 0; float32."""
-    levels = [float(threshold_otsu(m.float().cpu().numpy(), nbins=256)) for m in maps]
+    levels = [float(threshold_otsu(m.float().cpu().numpy(), nbins=256)) for m in maps[:, 0]]
     return (maps.float() > torch.tensor(levels, device=maps.device).view(-1, 1, 1, 1)).float()
 
 

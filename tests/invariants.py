@@ -1,0 +1,184 @@
+"""What stays true of every first-party plugin, whatever it is composed with.
+
+One case per plugin: the options and companions it is run with, a sentence, and the check of it. A
+check is called as `holds(made, without)`: the run of a pair, and the run without this plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from inlay_plugins import masks
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """says: the invariant, for docs/compose.md; holds: its check; companions: plugins that provide
+    what this one asks for; draws: whether it changes the picture, else it only publishes `board`.
+    """
+
+    says: str
+    holds: Callable
+    options: dict = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
+    draws: bool = True
+    board: tuple[str, ...] = ()
+
+
+def source_trajectory(made, without):
+    trajectory, clean = made.board["trajectory:source"], made.board["latent:source"]
+    noise = made.record.run.x_T["edit", "source"]
+    for step in made.record.steps:
+        assert torch.equal(trajectory(step, 0), step.frame.noise(clean, noise))
+        if "source" in step.lanes:
+            assert torch.equal(step.x["source"], trajectory(step, 0))
+
+
+def structure_transfer(made, without):
+    (step,) = (step for step in made.record.steps if step.index == 1)
+    noise = made.record.run.x_T["edit", "edit"]
+    assert torch.equal(step.x["edit"], step.frame.noise(made.board["latent:source"], noise))
+
+
+def weighted_attention(made, without):
+    for call, branch in made.record.edited("weighted_attention"):
+        role = branch.split("/")[1]
+        twin = f"source/{role}" if f"source/{role}" in call.program.rows else "source/text"
+        assert (call.share(branch, (twin, "image")) > 0).all()
+
+
+def mutual_self_attention(made, without):
+    for call, branch in made.record.edited("mutual_self_attention"):
+        assert (call.share(branch, (branch, "image")) == 0).all()
+
+
+def subject_mask(made, without):
+    heat, mask = made.board["map:subject"], made.board["mask:subject"]
+    assert torch.equal(mask, masks.otsu(heat)) and 0 < mask.mean() < 1
+    assert torch.equal(made.picture, without.picture)
+
+
+def latent_blend(made, without):
+    run, trajectory = made.record.run, made.board["trajectory:source"]
+    mask = masks.resize(made.board["mask:user"], run.backbone.grid(run.size))
+    outside = (run.backbone.from_grid(mask) == 0).expand_as(made.record.steps[0].x["edit"])
+    assert outside.any()
+    for step in (step for step in made.record.steps if step.index >= 2):
+        assert torch.equal(step.x_next["edit"][outside], trajectory(step, 1)[outside])
+
+
+def paste_back(made, without):
+    near = F.max_pool2d(made.board["mask:user"], 5, 1, 2)  # a feather of 2 pixels
+    outside = (near == 0).expand_as(made.picture)
+    assert outside.any()
+    assert torch.equal(made.picture[outside], made.board["image:original"][outside])
+
+
+def reweight(made, without):
+    tokens = made.record.run.words["reweight/grass"]
+    for call, branch in made.record.edited("reweight"):
+        ours, plain = (call.share(branch, (branch, tokens), without=w) for w in ("", "reweight"))
+        torch.testing.assert_close(ours, 3 * plain, **CLOSE)
+
+
+def pag(made, without):
+    for step in made.record.steps:
+        guided = made.record.guided[step.eval, "edit"]
+        moved = 1.5 * (step.preds["edit/text"] - step.preds["edit/pag"])
+        torch.testing.assert_close(step.output["edit"], guided + moved)
+        assert moved.abs().max() > 0
+    for call, branch in made.record.edited("pag"):
+        places = torch.rand(*call.args[1].shape[1:3], 1).expand(*call.args[1].shape[:3], 1)
+        assert torch.equal(call.of(branch, call.answer(places)), call.of(branch, places))
+
+
+def regional_prompts(made, without):
+    tokens = made.record.run.words["regional_prompts/0"]
+    for call, branch in made.record.edited("regional_prompts"):
+        seen = (branch, tokens), (branch, (0,))
+        ours, plain = (call.share(branch, *seen, without=w) for w in ("", "regional_prompts"))
+        odds = (ours[..., 0] / ours[..., 1]) / (plain[..., 0] / plain[..., 1])
+        side = round(odds.shape[2] ** 0.5)
+        inside = (torch.arange(odds.shape[2]) % side < side / 2).expand_as(odds)
+        torch.testing.assert_close(odds[inside], torch.ones_like(odds[inside]), **CLOSE)
+        lowered = torch.full_like(odds[~inside], -4.0).exp()
+        torch.testing.assert_close(odds[~inside], lowered, **CLOSE)
+
+
+def attention_maps(made, without):
+    heat = made.board["map:cow"]
+    assert (float(heat.min()), float(heat.max())) == (0.0, 1.0)
+    assert torch.equal(made.picture, without.picture)
+
+
+CASES = {
+    "source_trajectory": Case(
+        "at every step the lane `source` is the source picture at that step's noise level",
+        source_trajectory,
+        draws=False,
+        board=("latent:source", "trajectory:source"),
+    ),
+    "structure_transfer": Case(
+        "at its step the edit is the source picture, noised with the edit's own noise, bit for bit",
+        structure_transfer,
+        {"step": 1},
+        ("source_trajectory",),
+    ),
+    "weighted_attention": Case(
+        "inside its windows every image query of the edit attends to the source's image keys",
+        weighted_attention,
+        companions=("source_trajectory",),
+    ),
+    "subject_mask": Case(
+        "its mask is its map above Otsu's threshold, and no bit of the picture changes",
+        subject_mask,
+        draws=False,
+        board=("map:subject", "mask:subject", "points:subject"),
+    ),
+    "latent_blend": Case(
+        "after its steps the latent outside the mask is the source's, bit for bit",
+        latent_blend,
+        {"steps": [[2, 3]], "mask": "mask:user"},
+        ("source_trajectory",),
+    ),
+    "paste_back": Case(
+        "outside the mask and its feather the pixels are the original's, bit for bit",
+        paste_back,
+        {"feather": 2, "mask": "mask:user"},
+    ),
+    "reweight": Case(
+        "the picture pays each word exactly its weight times the attention it would pay otherwise",
+        reweight,
+        {"words": {"grass": 3.0}},
+    ),
+    "pag": Case(
+        "in its branch each image query sees itself alone, and the output moves by the scale times "
+        "the difference to that branch",
+        pag,
+        {"scale": 1.5},
+    ),
+    "mutual_self_attention": Case(
+        "inside its window no image query of the edit gets a value of the edit's own picture",
+        mutual_self_attention,
+        {"active": [1, 3]},
+        ("source_trajectory",),
+    ),
+    "regional_prompts": Case(
+        "outside the region the logits of its words are lowered by the strength, inside by nothing",
+        regional_prompts,
+        {"regions": [{"words": "cow", "box": [0, 0, 0.5, 1]}], "strength": 4.0},
+    ),
+    "attention_maps": Case(
+        "its maps span 0 to 1, and no bit of the picture changes",
+        attention_maps,
+        {"words": ["cow"]},
+        draws=False,
+        board=("map:cow",),
+    ),
+}

@@ -1,0 +1,61 @@
+"""docs/compose.md is true: each pair of first-party plugins was run, and both effects are there."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import compositions
+from compositions import CASES, MODELS, PAIRS, PLUGINS
+from inlay import PluginError, backbones
+from inlay_config import registry
+
+VISIBLE = 1 / 1020  # a quarter of a step of an 8-bit pixel
+
+
+@cache
+def pipe(model):
+    return backbones.load(registry.resolve_model(model), "float32", "cpu", "none", None)
+
+
+@cache
+def alone(model, *names):
+    return compositions.run(pipe(model), model, *names)
+
+
+def test_every_plugin_has_an_invariant():
+    assert list(CASES) == PLUGINS, "add the plugin's case to tests/invariants.py"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plugin_alone_acts_and_keeps_its_invariant(model, name):
+    made, without = alone(model, name), alone(model, *CASES[name].companions)
+    CASES[name].holds(made, without)
+    with pytest.raises((AssertionError, PluginError)):  # not true of every run
+        CASES[name].holds(without, without)
+    assert torch.equal(made.picture, without.picture) is not CASES[name].draws
+    assert set(CASES[name].board) <= set(made.board)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=map("-".join, PAIRS))
+def test_a_pair_composes_or_is_refused(model, a, b):
+    """Composes: the picture differs from each alone, unless a plugin only publishes, which then
+    moves no bit of the picture; and both invariants hold. Refused: the remedy of the message works.
+    """
+    said = compositions.verdict(pipe(model), model, a, b)
+    if said == "needs":
+        return
+    if said != "composes":
+        assert f"{a} " in said and f"{b} " in said
+        rule = {"site": "*", "winner": b}
+        assert compositions.verdict(pipe(model), model, a, b, [rule]) == "composes"
+        return
+    made = compositions.run(pipe(model), model, a, b)
+    for one, other in ((a, b), (b, a)):
+        without = alone(model, other)
+        CASES[one].holds(made, without)
+        assert set(CASES[one].board) <= set(made.board)
+        moved = (made.picture - without.picture).abs().max()
+        assert moved > VISIBLE if CASES[one].draws else moved == 0
