@@ -200,7 +200,7 @@ class Session:
         run.timings["total"] = time.perf_counter() - started
         place = {"device": str(run.device), "dtype": asked.dtype, "seed": seed}
         place |= {"folder": self.folder, "threads": torch.get_num_threads()}
-        result.record = {"experiment": config.to_dict(asked), "pictures": pictures, **place}
+        result.record |= {"experiment": config.to_dict(asked), "pictures": pictures, **place}
         result.record |= {"plan": plan.digest, "timings": run.timings}
         if callback:
             callback({"kind": "done"})

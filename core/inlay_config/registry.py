@@ -71,10 +71,12 @@ def fetch(name: str) -> Path:
     return Path(getattr(importlib.import_module(module), function)())
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, where: str = "model", holds: str = "model_index.json") -> str:
     """The folder of a shipped or local model, or a hub name (`owner/name`), for `from_pretrained`.
 
-    Raises ModelError for an unknown name, a folder without pipeline, and pickled weights.
+    where: the YAML path for errors; holds: the file that makes a folder one of these, config.json
+    for a single network. Raises ModelError for an unknown name, a folder without that file, and
+    pickled weights.
     """
     if name in models():
         module, _, function = models()[name]["path"].partition(":")
@@ -85,15 +87,15 @@ def resolve_model(name: str) -> str:
     elif re.fullmatch(r"(?!toybox/)\w[\w.-]*/\w[\w.-]*", name):
         return name
     else:
-        raise ModelError(f"no model '{name}'", where="model", fix=suggest(name, models()))
-    if not (folder / "model_index.json").is_file():
-        fix = "Give a folder written by a pipeline's save_pretrained."
-        raise ModelError(f"no model_index.json in '{folder}'", where="model", fix=fix)
-    for part in folder.glob("*/"):
+        raise ModelError(f"no model '{name}'", where=where, fix=suggest(name, models()))
+    if not (folder / holds).is_file():
+        fix = f"Give a folder written by save_pretrained that holds {holds}."
+        raise ModelError(f"no {holds} in '{folder}'", where=where, fix=fix)
+    for part in folder.glob("*/") if holds == "model_index.json" else (folder,):
         kinds = {file.suffix for file in part.iterdir()}
         if ".safetensors" not in kinds and kinds & {".bin", ".ckpt", ".pt", ".pth"}:
             fix = "Convert the weights: a pickle can run code and is never loaded."
-            raise ModelError(f"'{part}' is not safetensors", where="model", fix=fix)
+            raise ModelError(f"'{part}' is not safetensors", where=where, fix=fix)
     return str(folder)
 
 

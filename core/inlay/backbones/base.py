@@ -147,12 +147,18 @@ class Backbone(Geometry):
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return self.pack((z - shift) * vae.config.scaling_factor).to(self.dtype)
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
-        """Pictures of clean latents, by the stock pipeline's own arithmetic."""
+    def pixels(self, x: Tensor, size: Size) -> Tensor:
+        """Pictures of clean latents in about -1..1, not clamped: what losses see, in the graph."""
         vae = self.pipe.vae
         shift = getattr(vae.config, "shift_factor", None)
         z = self.unpack(x, size) / vae.config.scaling_factor
-        image = vae.decode((z if shift is None else z + shift).to(vae.dtype), return_dict=False)[0]
+        z = (z if shift is None else z + shift).to(vae.dtype)
+        image: Tensor = vae.decode(z, return_dict=False)[0]
+        return image
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        """Pictures of clean latents, by the stock pipeline's own arithmetic."""
+        image = self.pixels(x, size)
         pictures: Tensor = self.pipe.image_processor.postprocess(image, output_type="pt")
         return pictures
 

@@ -73,5 +73,8 @@ class PixelUNet(Backbone):
     def encode_image(self, image: Tensor) -> Tensor:
         return (image * 2 - 1).to(self.device, self.dtype)
 
+    def pixels(self, x: Tensor, size: Size) -> Tensor:
+        return x
+
     def decode(self, x: Tensor, size: Size) -> Tensor:
         return (x / 2 + 0.5).clamp(0, 1)
