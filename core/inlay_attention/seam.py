@@ -88,7 +88,8 @@ class Seam:
                 _local.running = outer.pop()
 
         self._stack.callback(module.register_forward_pre_hook(enter).remove)
-        self._stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        last_in_first_out = module.register_forward_hook(leave, always_call=True, prepend=True)
+        self._stack.callback(last_in_first_out.remove)
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
