@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from explicit import HEADS, IMAGE, MATRIX, SPANS, TEXT, TOKENS, WIDTH, Site
 from inlay import InputError, PluginError
-from inlay_attention import AttnEdits, Key
+from inlay_attention import AttnEdits, Held, Key
 
 
 def assert_exact(site, tolerance=1e-12):
@@ -161,7 +161,7 @@ def test_keys_and_values_may_be_given():
     k, v = (torch.randn(1, HEADS, 4, WIDTH, generator=g, dtype=torch.float64) for _ in "kv")
     site = Site([("append", "edit", "all", {"from_": "store:dog", "gain": 0.9})])
     program = site.program()
-    program.given = {"store:dog": (k, v)}
+    program.given = {"store:dog": Held(k, v)}
     out = program(F.scaled_dot_product_attention, site.q, site.k, site.v)
     rows = site.slices["edit/text"]
     keys, values = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.trace import Tracer
+from inlay.cli.trace import Tracer
 from models import conds, flux
 from spies import Editor, Spy
 

@@ -99,7 +99,8 @@ class Lane:
 @dataclass(frozen=True, slots=True)
 class Branch:
     """Rows of the model batch: a lane under one condition, evaluated in `steps`. role: what it is
-    used as: text, null (classifier-free guidance), or a name that a plugin gave it."""
+    used as: text, null (classifier-free guidance), or a name that a plugin gave it. replayed: a
+    store answers for it."""
 
     name: str
     lane: str
@@ -107,6 +108,7 @@ class Branch:
     cond: str
     n: int
     steps: tuple[int, ...]
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,8 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         edits = collect_edits(run, pass_, step)
         scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
         for group in pass_.groups:
-            branches = [b for b in pass_.branches if b.name in group and index in b.steps]
+            here = [b for b in pass_.branches if b.name in group and index in b.steps]
+            branches = [b for b in here if not run.tape.recall(step, b)]
             if not branches:
                 continue
             rows = Rows.of({b.name: x[b.lane].shape[0] for b in branches})
@@ -58,6 +59,7 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
             output = backbone.denoise(kwargs, branches[0].role)
             seam.check()
             step.preds.update({b.name: output[rows[b.name]] for b in branches})
+            run.tape.record(step, branches, seam.programs)
 
         for name, lane in alive.items():
             weight = backbone.cfg_scale(lane.guidance, lane.true_cfg)
@@ -101,14 +103,16 @@ def site_programs(
     reading = step.last_eval and step.pass_ == "edit"
     probes = [p for p in run.plan.probes if reading and step.index in p.steps and p.branch in rows]
     programs = {}
-    for site in run.backbone.sites if edits or probes else ():
+    for site in run.backbone.sites if edits or probes or run.tape.records else ():
         by_branch = edits[site.name].by_branch if site.name in edits else {}
         acting = {branch: listed for branch, listed in by_branch.items() if branch in rows}
         read = [p for p in probes if site.name in p.sites]
-        if acting or read:
+        keep = run.tape.kept(step, site.name, rows)
+        if acting or read or keep:
             spans = run.backbone.spans(site, run.conds[next(iter(rows))].embeds.shape[1])
-            program = SiteProgram(site.name, rows, acting, read, run.words, spans, step.probes)
-            programs[site.name] = program
+            named = (site.name, rows, acting, read, run.words, spans, step.probes)
+            given = run.tape.given(step, site.name) if acting else {}
+            programs[site.name] = SiteProgram(*named, given, keep=keep)
     return programs
 
 

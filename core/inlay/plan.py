@@ -14,6 +14,7 @@ from inlay_config.errors import ConfigError, PlanConflict
 
 from .conflicts import DeclaredEdit, settle
 from .events import AttnSite, Branch, Lane, Plugin, Window
+from .kv import stored
 
 if TYPE_CHECKING:
     from .backbones import Backbone
@@ -24,7 +25,7 @@ Active = Window | Iterable[int] | None
 @dataclass(frozen=True)
 class Request:
     """What was asked for. size, grid: (height, width) px and tokens; inputs: board keys given;
-    resolve: who wins where two edits clash."""
+    resolve: who wins where two edits clash; replays: a store answers for all lanes but the edit."""
 
     prompt: Mapping[str, str]
     steps: int
@@ -37,6 +38,7 @@ class Request:
     inputs: tuple[str, ...] = ()
     skip_dead_rows: bool = True
     resolve: tuple[Mapping[str, str], ...] = ()
+    replays: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class PassPlan:
 
     def rows(self, step: int) -> int:
         """Rows of the model batch in a step."""
-        return sum(b.n for b in self.branches if step in b.steps)
+        return sum(b.n for b in self.branches if step in b.steps and not b.replayed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,14 +275,15 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         if ln.prompt not in request.prompt:
             problem = f"lane {lane!r} needs the prompt {ln.prompt!r}"
             raise ConfigError(problem, where=f"prompt.{ln.prompt}", fix="Give one.")
+        roles = [("text", ln.prompt, ln.steps)]
         if backbone.cfg_scale(ln.guidance, ln.true_cfg) > 1:
-            branches.append(Branch(f"{lane}/null", lane, "null", "negative", ln.n, ln.steps))
-        branches.append(Branch(f"{lane}/text", lane, "text", ln.prompt, ln.n, ln.steps))
+            roles.insert(0, ("null", "negative", ln.steps))
         for key, called in draft.called.items():
             if key[:2] == (name, lane):
                 role, cond = key[2], draft.fields["branch", key]["cond"] or ln.prompt
-                here = tuple(sorted(steps & called))
-                branches.append(Branch(f"{lane}/{role}", lane, role, cond, ln.n, here))
+                roles.append((role, cond, tuple(sorted(steps & called))))
+        kept = request.replays and stored(name, lane)
+        branches += [Branch(f"{lane}/{r}", lane, r, c, ln.n, here, kept) for r, c, here in roles]
     solver = draft.fields.get(("pass", name), {}).get("scheduler")
     return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), solver)
 

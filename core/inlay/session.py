@@ -14,7 +14,7 @@ import pluggy
 import torch
 from torch import Tensor
 
-from inlay_attention import Seam
+from inlay_attention import Seam, Store
 from inlay_config import config, images, registry
 from inlay_config.config import Experiment
 from inlay_config.errors import ModelError, PluginError
@@ -22,10 +22,11 @@ from inlay_config.errors import ModelError, PluginError
 from . import backbones, guidance, hookspecs
 from .backbones import schedulers, text
 from .board import Board
+from .cli.trace import Tracer
 from .events import Cond, Lane, Plugin, Result
+from .kv import Tape, facts
 from .loop import run_pass
 from .plan import PassPlan, Plan, Request, make_plan
-from .trace import Tracer
 
 Callback = Callable[[dict[str, Any]], None]
 EVENTS = [name for name in vars(hookspecs) if name.startswith("inlay_")]
@@ -46,6 +47,7 @@ class Run:
         self.finals, self.timings = dict[str, dict[str, Tensor]](), dict[str, float]()
         self.hook_of, self._scheduler = session.hook_of, session.scheduler
         self._sigmas, self._noise = given.get("sigmas"), given.get("noise") or {}
+        self.tape = Tape(session.store, plan, session.backbone)
 
     def rng(self, *names: str) -> torch.Generator:
         """A generator for (seed, names): adding a plugin never moves another's noise."""
@@ -77,7 +79,8 @@ class Session:
 
     plugins: name -> options, in execution order; a name is a plugin or a preset, a value may be a
     live Plugin. skip_dead_rows=False evaluates every lane in every step. resolve: rules {site,
-    winner} for edits that clash. tracer: times every run. Raises ConfigError and ModelError;
+    winner} for edits that clash. store: lanes recorded by the first run, replayed by
+    later ones. tracer: times every run. Raises ConfigError and ModelError;
     PlanConflict when a run is planned.
     """
 
@@ -93,9 +96,11 @@ class Session:
         revision: str | None = None,
         skip_dead_rows: bool = True,
         resolve: Sequence[Mapping[str, str]] = (),
+        store: Store | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         model, self.folder, self.skip_dead_rows = str(pipe), "", skip_dead_rows
+        self.store = store
         self.tracer = tracer or Tracer.asked_for()
         if isinstance(pipe, str | Path):
             self.folder = registry.resolve_model(model)
@@ -142,12 +147,16 @@ class Session:
             inputs=tuple(key for kind in inputs for key in images.BOARD[kind]),
             skip_dead_rows=self.skip_dead_rows,
             resolve=tuple(asked.resolve),
+            replays=bool(self.store and self.store.facts),
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
         impls = {event: getattr(self.manager.hook, event).get_hookimpls() for event in EVENTS}
         ours = {e: [i for i in reversed(impls[e]) if i.plugin is not guidance] for e in EVENTS}
         order = {e[6:]: tuple(i.plugin_name for i in listed) for e, listed in ours.items()}
-        return make_plan(self.plugins, self.hook_of, order, request, self.backbone)
+        plan = make_plan(self.plugins, self.hook_of, order, request, self.backbone)
+        if self.store:
+            plan.memory["store"] = Tape(self.store, plan, self.backbone).size
+        return plan
 
     @torch.no_grad()
     def run(
@@ -185,7 +194,8 @@ class Session:
         run = Run(self, plan, callback, sigmas=sigmas, noise=noise)
         asked.device, asked.dtype = run.device.type, str(run.dtype).removeprefix("torch.")
         with ExitStack() as stack:
-            modules = {name: self.backbone.modules[name] for name in plan.sites}
+            sites = plan.sites.keys() | run.tape.sites
+            modules = {k: m for k, m in self.backbone.modules.items() if k in sites}
             seam = stack.enter_context(Seam(modules))
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
@@ -196,6 +206,7 @@ class Session:
                     callback({"kind": "pass", "pass": pass_.name, "steps": steps})
                 run.finals[pass_.name] = run_pass(run, pass_, seam)
                 run.timings[pass_.name] = time.perf_counter() - begun
+        run.tape.close()
         result = self._finish(run)
         run.timings["total"] = time.perf_counter() - started
         place = {"device": str(run.device), "dtype": asked.dtype, "seed": seed}
@@ -219,6 +230,7 @@ class Session:
         for name, (place, word) in run.plan.words.items():
             run.words[name] = text.find(run.conds[place], word)
         run.board.update(images.on_board(pictures, run.size, run.device))
+        run.tape.open(facts(run, self.scheduler) if self.store else {})
         run.hook.inlay_prepare(run=run)
 
     def _finish(self, run: Run) -> Result:

@@ -4,11 +4,12 @@ Knows nothing of plugins, plans or loops: `AttnEdits` collects edits by branch, 
 those of one site to fused calls, `Seam` runs programs inside an unmodified model.
 """
 
-from .algebra import AttnEdits, Edit, How, Key, Keys, Op, Pair, Probe, Rows, Span, lane_of
+from .algebra import AttnEdits, Edit, Held, How, Key, Keys, Op, Probe, Rows, Span, lane_of
 from .lowering import SiteProgram, calls, cat
 from .seam import Seam, attention_modules
+from .store import Store
 
 __all__ = [
-    "AttnEdits", "Edit", "How", "Key", "Keys", "Op", "Pair", "Probe", "Rows", "Seam",
-    "SiteProgram", "Span", "attention_modules", "calls", "cat", "lane_of",
+    "AttnEdits", "Edit", "Held", "How", "Key", "Keys", "Op", "Probe", "Rows", "Seam",
+    "SiteProgram", "Span", "Store", "attention_modules", "calls", "cat", "lane_of",
 ]  # fmt: skip

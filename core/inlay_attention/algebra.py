@@ -29,9 +29,17 @@ from inlay_config.errors import PluginError
 Span = Literal["all", "text", "image"]
 Keys = Span | tuple[int, ...]
 Number = float | Tensor
-Pair = tuple[Tensor, Tensor]
 How = Literal["", "qk", "kv", "join", "sum", "side"]
 Op = Literal["align", "route", "append", "gain", "bias", "scale", "map", "mix", "identity", "patch"]
+
+
+class Held(NamedTuple):
+    """Keys and values `b h m d` that come from no row of the call, queries and bias where known."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    q: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Key(NamedTuple):

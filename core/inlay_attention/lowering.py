@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inlay_config.errors import InputError, PluginError
 
-from .algebra import Edit, Op, Pair, Probe, Rows
+from .algebra import Edit, Held, Op, Probe, Rows
 
 Spans = dict[str, slice]
 Sdpa = Callable[..., Tensor]
@@ -41,8 +41,9 @@ class _Read:
 class SiteProgram:
     """What one site computes in one model call in place of SDPA; pure, as checkpointing reruns it.
     spans(queries, keys): token slices of both; words[probe]: text tokens; store[probe][site]: read;
-    given[name]: keys and values `b h m d` that come from no row; lengths[branch]: text tokens that
-    are not padding, where branches differ.
+    given[name]: what comes from no row: keys and values under a name, or a branch that is replayed;
+    lengths[branch]: text tokens that are not padding, where branches differ; keep[branch]: which of
+    q, k, v the program leaves in held[branch].
     """
 
     site: str
@@ -52,8 +53,10 @@ class SiteProgram:
     words: Mapping[str, tuple[int, ...]]
     spans: Callable[[int, int], tuple[Spans, Spans]]
     store: dict[str, dict[str, Tensor]]
-    given: Mapping[str, Pair] = field(default_factory=dict)
+    given: Mapping[str, Held] = field(default_factory=dict)
     lengths: Mapping[str, int] = field(default_factory=dict)
+    keep: Mapping[str, str] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
 
     def __call__(
         self, sdpa: Sdpa, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
@@ -67,6 +70,9 @@ class SiteProgram:
             mask = torch.ones(q.shape[2], k.shape[2], device=q.device).tril().bool()
         spans = self.spans(q.shape[2], k.shape[2])
         whole = _Read(q, k, v, self._padding(as_bias(mask, q), q, spans[1]))
+        for name, wanted in self.keep.items():
+            known = {part: getattr(whole, part)[self.rows[name]] for part in wanted}
+            self.held[name] = Held(**known, mask=_take(whole.mask, self.rows[name]))
         for probe in self.probes:
             name = "text" if probe.read == "rows" else "image"
             seen = self._own(whole, probe.branch, spans[0].get(name, ALL), spans)
@@ -199,8 +205,13 @@ class SiteProgram:
     ) -> _Read:
         """The queries `at` and the keys of a branch, or keys that are given, for n rows."""
         if name in self.given:
-            k, v = (_expand(t, n) for t in self.given[name])
-            return _Read(k, k, v)
+            held = self.given[name]
+            known = next(t for t in held if t is not None)  # what no edit takes may be anything
+            q, k, v = (_expand(known if t is None else t, n) for t in (held.q, held.k, held.v))
+            if ":" in name:  # keys and values of no span of this site
+                return _Read(k, k, v)
+            mask = _take(held.mask, ALL, at, keys)
+            return _Read(q[:, :, at], k[:, :, keys], v[:, :, keys], mask)
         if name not in self.rows:
             wanting = next(e for e in edits if e.from_ == name)
             raise self._problem(wanting, f"takes from {name}, which has no rows in this call")

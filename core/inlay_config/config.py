@@ -42,6 +42,18 @@ class Inputs:
 
 
 @dataclass
+class Stored:
+    """Lanes recorded in a file and replayed from it: see `inlay_attention.Store`."""
+
+    path: str | None = None  # null: nothing is stored
+    device: str = "cpu"
+    dtype: str | None = None  # of keys and values; null is the model's
+    budget: Any = "2 GiB"
+    sites: str = ""  # a pattern of site names to keep besides those that edits take from
+    steps: Any = None  # a window for them
+
+
+@dataclass
 class Experiment:
     """Everything a run depends on."""
 
@@ -62,6 +74,7 @@ class Experiment:
     input: Inputs = field(default_factory=Inputs)
     plugins: dict[str, Any] = field(default_factory=dict)  # name: options, in execution order
     resolve: list[dict[str, str]] = field(default_factory=list)  # {site, winner} where edits clash
+    store: Stored = field(default_factory=Stored)
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -202,7 +215,7 @@ def _override(text: str) -> tuple[str, DictConfig]:
 def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:
     config: DictConfig = OmegaConf.structured(Experiment)
     for file, layer in layers:
-        for key in layer.keys() & {"prompt", "input", "plugins"}:
+        for key in layer.keys() & {"prompt", "input", "plugins", "store"}:
             if not isinstance(layer[key], DictConfig):
                 raise ConfigError("must be a mapping", where=_join(file, key), fix="{key: value}")
         listed, config = config.plugins.keys(), _merge(config, layer, file)

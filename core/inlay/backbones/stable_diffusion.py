@@ -26,7 +26,7 @@ class StableDiffusion(Backbone):
 
     @property
     def text_tokens(self) -> int:
-        return int(self.pipe.tokenizer.model_max_length)
+        return int(getattr(self.pipe.tokenizer, "model_max_length", 77))
 
     def tokens(self, size: Size) -> int:
         height, width = self.grid(size)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from inlay import backbones
+from inlay.cli.trace import Tracer
 from inlay.events import Result
 from inlay.plan import Plan
 from inlay.session import Session
-from inlay.trace import Tracer
+from inlay_attention import Store
 from inlay_config import config, images, registry
 from inlay_config.config import Experiment
 
@@ -51,4 +52,5 @@ def planned(exp: Experiment) -> tuple[Session, Plan]:
 def _session(exp: Experiment, pipe: Any, tracer: Tracer | None = None) -> Session:
     place: dict[str, Any] = {"dtype": exp.dtype, "device": exp.device, "offload": exp.offload}
     place |= {"revision": exp.revision, "resolve": exp.resolve, "tracer": tracer}
+    place["store"] = Store(**vars(exp.store)) if exp.store.path else None
     return Session(pipe, exp.plugins, exp.scheduler, **place)

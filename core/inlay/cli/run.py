@@ -71,7 +71,7 @@ def _run(job: Experiment, folder: Path, profile: bool, quiet: bool) -> dict[str,
     from inlay.cli.output import staged
     from inlay.cli.progress import Progress
     from inlay.cli.sheet import contact_sheet
-    from inlay.trace import Tracer
+    from inlay.cli.trace import Tracer
     from inlay_config.images import save
 
     hush_loading_bars()

@@ -19,7 +19,7 @@ import torch
 from inlay_attention import Seam, SiteProgram
 
 if TYPE_CHECKING:
-    from .session import Session
+    from inlay.session import Session
 
 
 @dataclass
