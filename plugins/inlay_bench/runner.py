@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +14,11 @@ from inlay_bench import measures
 from inlay_bench.measures import MEASURES, Measure
 from inlay_bench.methods import Method
 from inlay_bench.pictures import Sources, Stamp, digest, digest_of, kept, path_of, store
-from inlay_bench.records import DiskError, Record, Records, locked, set_aside
+from inlay_bench.records import DiskError, Record, Records, locked, on_disk, set_aside
 from inlay_bench.tasks import Item, Task
 from inlay_config import manifest
 from inlay_config.errors import InputError, ModelError
+from inlay_config.images import whole
 
 Callback = Callable[[str, int, int, str], None]
 """(method, items done, items, note)"""
@@ -66,6 +68,7 @@ def evaluate(
             set_aside(out, beside=() if restart else ("pictures",))
         identities = {m.name: identity(task, m, networks, absent, seed, draw) for m in methods}
         books = {m.name: Records(out / f"{m.name}.jsonl", identities[m.name]) for m in methods}
+        note_texts(items, out)
         sources = Sources(out, draw, digest(draw.identity) if draw else "")
         for method in methods:
             book, made_by = books[method.name], digest(identities[method.name]["pictures"])
@@ -93,6 +96,13 @@ def evaluate(
         folder=out,
         identities=identities,
     )
+
+
+def note_texts(items: Sequence[Item], out: Path) -> None:
+    """Write down the items' texts, for studies and whoever looks at the pictures: `items.json`."""
+    path, texts = out / "items.json", {item.id: dict(item.texts) for item in items}
+    with on_disk(path), whole(path) as partial:
+        partial.write_text(json.dumps(texts, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def attempt(

@@ -1,0 +1,1 @@
+"""Human studies: a page for blind voting over results, and the score of its votes."""
