@@ -11,7 +11,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-from inlay import conflicts
+from inlay_attention import conflicts
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "tests"))  # what the tests measure is what the pages say

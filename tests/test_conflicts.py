@@ -9,8 +9,8 @@ import inlay
 import pages
 from explicit import MATRIX, Site
 from inlay import ConfigError, PlanConflict
-from inlay.conflicts import KINDS, DeclaredEdit, clash, settle, table, verdict
 from inlay_attention import Probe
+from inlay_attention.conflicts import KINDS, DeclaredEdit, clash, settle, table, verdict
 from inlay_config.config import Experiment, Prompt
 from models import conds, flux
 from spies import Editor, plugin

@@ -10,9 +10,9 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay_attention import Key, Op, Probe, lane_of
+from inlay_attention.conflicts import DeclaredEdit, settle
 from inlay_config.errors import ConfigError, PlanConflict
 
-from .conflicts import DeclaredEdit, settle
 from .events import AttnSite, Branch, Lane, Plugin, Window
 from .kv import stored
 

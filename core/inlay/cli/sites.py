@@ -9,10 +9,10 @@ from itertools import product
 
 from inlay.backbones import Backbone
 from inlay.cli.tables import ranges
-from inlay.conflicts import DeclaredEdit
 from inlay.events import AttnSite
 from inlay.plan import PassPlan, Plan
 from inlay_attention import Edit, Probe, Rows, SiteProgram, calls, lane_of
+from inlay_attention.conflicts import DeclaredEdit
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inlay.conflicts import DeclaredEdit
     from inlay.plan import Plan
+    from inlay_attention.conflicts import DeclaredEdit
 
 
 def plan_table(plan: Plan) -> str:

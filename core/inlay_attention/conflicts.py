@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import combinations, combinations_with_replacement, product
 
-from inlay_attention import Key, Probe, lane_of
-from inlay_attention.algebra import How, Op, Span
 from inlay_config.errors import ConfigError, PlanConflict
+
+from .algebra import How, Key, Op, Probe, Span, lane_of
 
 KINDS = (
     "align", "scale", "bias", "gain", "map", "mix", "route qk", "route kv", "append join",
