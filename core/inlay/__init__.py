@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from inlay_config.errors import PlanConflict, PluginError, SeamMissed  # isort: skip
     from inlay_config.images import open_image  # isort: skip
     from inlay_config.registry import resolve_model  # isort: skip
+    from inlay_guest import attach, denoiser  # isort: skip
 
     from .backbones.schedulers import tabulate
     from .cli.experiment import run
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
 __all__ = [
     "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "InlayError", "InputError", "Lane",
     "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
-    "SeamMissed", "Session", "Step", "Window", "hookimpl", "open_image", "resolve_model", "run",
-    "tabulate",
+    "SeamMissed", "Session", "Step", "Window", "attach", "denoiser", "hookimpl", "open_image",
+    "resolve_model", "run", "tabulate",
 ]  # fmt: skip
 HOMES = "hookspecs frames events plan session backbones.schedulers cli.experiment"
 
 
 def __getattr__(name: str) -> Any:
     homes = [f"inlay_config.{home}" for home in ("errors", "images", "registry")]
-    homes += ["inlay_attention", *(f"inlay.{home}" for home in HOMES.split())]
+    homes += ["inlay_attention", *(f"inlay.{home}" for home in HOMES.split()), "inlay_guest"]
     for home in homes if name in __all__ else ():
         if name in (names := vars(import_module(home))):
             return names[name]

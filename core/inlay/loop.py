@@ -39,33 +39,9 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         step = Step(pass_.name, index, i, request.steps, t, last, tuple(alive), frame_at, x)
         hook.inlay_pre_step(run=run, step=step)
 
-        edits = collect_edits(run, pass_, step)
         scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
-        for group in pass_.groups:
-            here = [b for b in pass_.branches if b.name in group and index in b.steps]
-            branches = [b for b in here if not run.tape.recall(step, b)]
-            if not branches:
-                continue
-            rows = Rows.of({b.name: x[b.lane].shape[0] for b in branches})
-            kwargs = backbone.inputs(
-                sample=cat([scaled[b.lane] for b in branches]),
-                t=t,
-                conds=[(run.conds[b.name], x[b.lane].shape[0]) for b in branches],
-                guidance=[(alive[b.lane].guidance, x[b.lane].shape[0]) for b in branches],
-                size=request.size,
-            )
-            hook.inlay_inputs(run=run, step=step, rows=rows, kwargs=kwargs)
-            seam.programs = site_programs(run, step, rows, edits)
-            output = backbone.denoise(kwargs, branches[0].role)
-            seam.check()
-            step.preds.update({b.name: output[rows[b.name]] for b in branches})
-            run.tape.record(step, branches, seam.programs)
-
-        for name, lane in alive.items():
-            weight = backbone.cfg_scale(lane.guidance, lane.true_cfg)
-            text, null = step.preds[f"{name}/text"], step.preds.get(f"{name}/null")
-            preds = {"lane": name, "text": text, "null": null, "scale": weight}
-            step.output[name] = hook.inlay_combine(run=run, step=step, **preds)
+        predict(run, pass_, step, seam, scaled)
+        seam.programs = {}  # another run inside a hook is not edited
         hook.inlay_denoised(run=run, step=step)
         for name in alive:
             output = step.output[name]
@@ -78,6 +54,38 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         observe(run, step)
         x.update({name: step.x_next[name] for name in alive})
     return {ln.name: x[ln.name] for ln in pass_.lanes if request.steps - 1 in ln.steps}
+
+
+def predict(run: Run, pass_: PassPlan, step: Step, seam: Seam, scaled: dict[str, Tensor]) -> None:
+    """The model calls of one evaluation: step.preds of every branch, step.output of every lane.
+    scaled: what the model is shown of each lane."""
+    hook, backbone, size = run.hook, run.backbone, run.plan.request.size
+    alive, x = {ln.name: ln for ln in pass_.lanes if ln.name in step.lanes}, scaled
+    edits = collect_edits(run, pass_, step)
+    for group in pass_.groups:
+        here = [b for b in pass_.branches if b.name in group and step.index in b.steps]
+        branches = [b for b in here if not run.tape.recall(step, b)]
+        if not branches:
+            continue
+        rows = Rows.of({b.name: x[b.lane].shape[0] for b in branches})
+        kwargs = backbone.inputs(
+            sample=cat([x[b.lane] for b in branches]),
+            t=step.t,
+            conds=[(run.conds[b.name], x[b.lane].shape[0]) for b in branches],
+            guidance=[(alive[b.lane].guidance, x[b.lane].shape[0]) for b in branches],
+            size=size,
+        )
+        hook.inlay_inputs(run=run, step=step, rows=rows, kwargs=kwargs)
+        seam.programs = site_programs(run, step, rows, edits)
+        output = backbone.denoise(kwargs, branches[0].role)
+        seam.check()
+        step.preds.update({b.name: output[rows[b.name]] for b in branches})
+        run.tape.record(step, branches, seam.programs)
+    for name, lane in alive.items():
+        weight = backbone.cfg_scale(lane.guidance, lane.true_cfg)
+        text, null = step.preds[f"{name}/text"], step.preds.get(f"{name}/null")
+        preds = {"lane": name, "text": text, "null": null, "scale": weight}
+        step.output[name] = hook.inlay_combine(run=run, step=step, **preds)
 
 
 def collect_edits(run: Run, pass_: PassPlan, step: Step) -> dict[str, AttnEdits]:

@@ -199,7 +199,7 @@ class Session:
             seam = stack.enter_context(Seam(modules))
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
-            self._prepare(run, conds or {}, pictures)
+            self.prepare(run, conds or {}, pictures)
             for pass_ in plan.passes:
                 begun = time.perf_counter()
                 if callback:
@@ -217,7 +217,7 @@ class Session:
             callback({"kind": "done"})
         return result
 
-    def _prepare(self, run: Run, given: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
+    def prepare(self, run: Run, given: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
         """Encode each prompt once, find the words of the probes, put the pictures on the board."""
         encoded: dict[str, Cond] = {}
         for branch in (b for p in run.plan.passes for b in p.branches):

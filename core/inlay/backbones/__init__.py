@@ -2,5 +2,6 @@
 
 from .base import Backbone as Backbone
 from .loading import adapt as adapt
+from .loading import family as family
 from .loading import load as load
 from .loading import skeleton as skeleton

@@ -23,14 +23,22 @@ FAMILIES = {
 
 
 def adapt(pipe: Any) -> Backbone:
-    """The backbone of a live pipeline. Raises ModelError for a family without an adapter."""
+    """The backbone of a live pipeline, or one that is made already. Raises ModelError for a family
+    without an adapter."""
+    if isinstance(pipe, Backbone):
+        return pipe
     for cls in type(pipe).__mro__:
         if cls.__name__ in FAMILIES:
-            module, name = FAMILIES[cls.__name__].split(":")
-            backbone: Backbone = getattr(import_module(f"{__package__}.{module}"), name)(pipe)
-            return backbone
+            return family(cls.__name__)(pipe)
     fix = f"Supported: {', '.join(FAMILIES)}."
     raise ModelError(f"no backbone for {type(pipe).__name__}", where="model", fix=fix)
+
+
+def family(pipeline: str) -> type[Backbone]:
+    """The adapter of a pipeline class that is listed."""
+    module, name = FAMILIES[pipeline].split(":")
+    adapter: type[Backbone] = getattr(import_module(f"{__package__}.{module}"), name)
+    return adapter
 
 
 def load(

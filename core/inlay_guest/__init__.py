@@ -1,0 +1,6 @@
+"""Plugins in loops that inlay does not own: a pipeline's call, a sampler of k-diffusion."""
+
+from .guest import Guest, attach
+from .sampler import Denoiser, denoiser
+
+__all__ = ["Denoiser", "Guest", "attach", "denoiser"]
