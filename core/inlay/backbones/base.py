@@ -165,7 +165,7 @@ class Backbone(Geometry):
     def memory(self, size: Size, rows: int, edits: bool, probes: int) -> dict[str, int]:
         """Bytes by purpose, by arithmetic: weights; Q, K, V and output of the largest attention;
         what probes add."""
-        width = max(s.heads * s.dim for s in self.sites)
+        width = max((s.heads * s.dim for s in self.sites), default=0)
         item = torch.finfo(self.dtype).bits // 8
         parts = [part for part in vars(self.pipe).values() if isinstance(part, nn.Module)]
         one = self.tokens(size) * width * item
