@@ -58,6 +58,65 @@ def mutual_self_attention(made, without):
         assert (call.share(branch, (branch, "image")) == 0).all()
 
 
+def subject_mask(made, without):
+    heat, mask = made.board["map:subject"], made.board["mask:subject"]
+    assert torch.equal(mask, masks.otsu(heat)) and 0 < mask.mean() < 1
+    assert torch.equal(made.picture, without.picture)
+
+
+def latent_blend(made, without):
+    run, trajectory = made.record.run, made.board["trajectory:source"]
+    mask = masks.resize(made.board["mask:user"], run.backbone.grid(run.size))
+    outside = (run.backbone.from_grid(mask) == 0).expand_as(made.record.steps[0].x["edit"])
+    assert outside.any()
+    for step in (step for step in made.record.steps if step.index >= 2):
+        assert torch.equal(step.x_next["edit"][outside], trajectory(step, 1)[outside])
+
+
+def paste_back(made, without):
+    near = F.max_pool2d(made.board["mask:user"], 5, 1, 2)  # a feather of 2 pixels
+    outside = (near == 0).expand_as(made.picture)
+    assert outside.any()
+    assert torch.equal(made.picture[outside], made.board["image:original"][outside])
+
+
+def reweight(made, without):
+    tokens = made.record.run.words["reweight/grass"]
+    for call, branch in made.record.edited("reweight"):
+        ours, plain = (call.share(branch, (branch, tokens), without=w) for w in ("", "reweight"))
+        torch.testing.assert_close(ours, 3 * plain, **CLOSE)
+
+
+def pag(made, without):
+    for step in made.record.steps:
+        guided = made.record.guided[step.eval, "edit"]
+        moved = 1.5 * (step.preds["edit/text"] - step.preds["edit/pag"])
+        torch.testing.assert_close(step.output["edit"], guided + moved)
+        assert moved.abs().max() > 0
+    for call, branch in made.record.edited("pag"):
+        places = torch.rand(*call.args[1].shape[1:3], 1).expand(*call.args[1].shape[:3], 1)
+        assert torch.equal(call.of(branch, call.answer(places)), call.of(branch, places))
+
+
+def regional_prompts(made, without):
+    tokens = made.record.run.words["regional_prompts/0"]
+    for call, branch in made.record.edited("regional_prompts"):
+        seen = (branch, tokens), (branch, (0,))
+        ours, plain = (call.share(branch, *seen, without=w) for w in ("", "regional_prompts"))
+        odds = (ours[..., 0] / ours[..., 1]) / (plain[..., 0] / plain[..., 1])
+        side = round(odds.shape[2] ** 0.5)
+        inside = (torch.arange(odds.shape[2]) % side < side / 2).expand_as(odds)
+        torch.testing.assert_close(odds[inside], torch.ones_like(odds[inside]), **CLOSE)
+        lowered = torch.full_like(odds[~inside], -4.0).exp()
+        torch.testing.assert_close(odds[~inside], lowered, **CLOSE)
+
+
+def attention_maps(made, without):
+    heat = made.board["map:cow"]
+    assert (float(heat.min()), float(heat.max())) == (0.0, 1.0)
+    assert torch.equal(made.picture, without.picture)
+
+
 def region(made, without):
     mask = made.board["mask:region"]
     grown = F.max_pool2d(made.board["mask:user"], 5, 1, 2)
@@ -132,6 +191,18 @@ CASES = {
         mutual_self_attention,
         {"active": [1, 3]},
         ("source_trajectory",),
+    ),
+    "regional_prompts": Case(
+        "outside the region the logits of its words are lowered by the strength, inside by nothing",
+        regional_prompts,
+        {"regions": [{"words": "cow", "box": [0, 0, 0.5, 1]}], "strength": 4.0},
+    ),
+    "attention_maps": Case(
+        "its maps span 0 to 1, and no bit of the picture changes",
+        attention_maps,
+        {"words": ["cow"]},
+        draws=False,
+        board=("map:cow",),
     ),
     "region": Case(
         "its mask is the caller's, grown and inverted, and no bit of the picture changes",
