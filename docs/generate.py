@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from inlay_attention import conflicts
 
@@ -92,10 +93,70 @@ def invariants() -> str:
 
 
 PAIR_CELLS = {"composes": "·", "needs": "needs"}
+
+
+@cache
+def backbone_cases() -> tuple[Any, ...]:
+    """The tiny models of the zoo, with what the probe says of each."""
+    import backbone_checks
+    import backbone_zoo
+
+    return tuple(backbone_checks.Case(family) for family in backbone_zoo.FAMILIES)
+
+
+def backbone_matrix() -> str:
+    """A row per family: its sites by kind, what the keys of a joint site hold in order, who drives
+    it, and a tick per check that holds."""
+    import backbone_checks
+    from inlay.backbones import adapt
+
+    checks = backbone_checks.CHECKS
+    head = "family | denoiser | called by | kinds of site | keys of a joint site | driven by"
+    lines = [f"| {head} | " + " | ".join(checks) + " |"]
+    lines.append("|---" * (head.count("|") + 1) + "|:---:" * len(checks) + "|")
+    for case in backbone_cases():
+        family, kinds = case.family, [spans.kind for spans in case.sites.values()]
+        sites = ", ".join(dict.fromkeys(kinds))
+        if case.without_softmax:
+            sites += f"; no softmax in {', '.join(sorted(set(case.without_softmax.values())))}"
+        order = ", ".join(name.split()[0] for name in family.joint)
+        driver = f"`Session` ({adapt(family.adapter()).name})" if family.adapter else "guest mode"
+        cells = [family.name, f"`{type(case.model).__name__}`", f"`{family.pipeline}Pipeline`"]
+        passed = ["✓" if check(case) else "**fails**" for check in checks.values()]
+        lines.append("| " + " | ".join([*cells, sites, order, driver, *passed]) + " |")
+    return "\n".join(lines)
+
+
+def backbone_checks_said() -> str:
+    """What each tick stands for, in the check's own words."""
+    import backbone_checks
+
+    checks = backbone_checks.CHECKS.items()
+    return "\n".join(f"* *{name}*: {' '.join(str(f.__doc__).split())}" for name, f in checks)
+
+
+def backbones_refused() -> str:
+    """Families whose tokens cannot be told apart, with the message."""
+    import backbone_zoo
+    from inlay import ModelError
+    from inlay.backbones import token_spans
+
+    lines = []
+    for family in backbone_zoo.REFUSED:
+        model, call = family.build()
+        try:
+            token_spans.probe(model, (), call)
+        except ModelError as error:
+            lines.append(f"* {family.name}, `{type(model).__name__}`: {error}")
+    return "\n".join(lines)
+
+
 PARTS = {
     "attention.md": {"conflicts": conflict_table},
     "compose.md": {"matrix": pair_matrix, "refusals": refusals, "invariants": invariants},
-}
+    "backbones.md": {"families": backbone_matrix, "checks": backbone_checks_said,
+                     "refused": backbones_refused},
+}  # fmt: skip
 
 
 def written(page: Path) -> str:

@@ -18,7 +18,7 @@ IMAGE = (SIDE // 2) ** 2  # tokens of a latent that is read in 2 x 2 patches
 WIDTH = 16  # of prompt embeddings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One row of the matrix. pipeline: who calls the denoiser so; make: model and its arguments;
     joint: how many tokens of what lie at a joint site, in order; adapter: the tiny pipeline of a
@@ -202,8 +202,7 @@ def wan():
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
         text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
-    call = {"hidden_states": drawn(ROWS, 4, 2, SIDE, SIDE), "timestep": torch.full((ROWS,), 500)}
-    return model, call | {"encoder_hidden_states": prompts()}
+    return model, video()
 
 
 def sana():
@@ -214,6 +213,84 @@ def sana():
     )  # fmt: skip
     call = {"hidden_states": drawn(ROWS, 4, SIDE, SIDE), "timestep": torch.full((ROWS,), 500)}
     return model, call | {"encoder_hidden_states": prompts(), "encoder_attention_mask": padded()}
+
+
+def video() -> dict[str, Any]:
+    """Two frames and their prompts."""
+    call = {"hidden_states": drawn(ROWS, 4, 2, SIDE, SIDE), "timestep": torch.full((ROWS,), 500)}
+    return call | {"encoder_hidden_states": prompts()}
+
+
+def ltx_video():
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, num_layers=2, caption_channels=WIDTH,
+    )  # fmt: skip
+    call = {"hidden_states": drawn(ROWS, IMAGE, 4), "timestep": torch.full((ROWS,), 500.0)}
+    call |= {"encoder_hidden_states": prompts(), "encoder_attention_mask": padded()}
+    return model, call | {"num_frames": 1, "height": SIDE // 2, "width": SIDE // 2}
+
+
+def cogvideo_x():
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+        time_embed_dim=8, text_embed_dim=WIDTH, num_layers=2, sample_width=SIDE,
+        sample_height=SIDE, sample_frames=5, max_text_seq_length=TEXT,
+    )  # fmt: skip
+    return model, video() | {"hidden_states": drawn(ROWS, 2, 4, SIDE, SIDE)}
+
+
+def prx():
+    model = diffusers.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=WIDTH, hidden_size=16, mlp_ratio=2.0,
+        num_heads=2, depth=2, axes_dim=[4, 4],
+    )  # fmt: skip
+    call = {"hidden_states": drawn(ROWS, 4, SIDE, SIDE), "timestep": torch.full((ROWS,), 0.5)}
+    return model, call | {"encoder_hidden_states": prompts()}
+
+
+def hunyuan_video():
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,
+        num_single_layers=1, num_refiner_layers=1, patch_size=2, text_embed_dim=WIDTH,
+        pooled_projection_dim=8, rope_axes_dim=(4, 4, 4),
+    )  # fmt: skip
+    extra = {"pooled_projections": drawn(ROWS, 8), "guidance": torch.ones(ROWS)}
+    return model, video() | extra | {"encoder_attention_mask": torch.ones(ROWS, TEXT)}
+
+
+def mochi():
+    model = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
+        in_channels=4, text_embed_dim=WIDTH, time_embed_dim=4, max_sequence_length=16,
+    )  # fmt: skip
+    return model, video() | {"encoder_attention_mask": torch.ones(ROWS, TEXT).bool()}
+
+
+def deep_floyd():
+    model = diffusers.UNet2DConditionModel(
+        sample_size=SIDE, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=16,
+        attention_head_dim=4, norm_num_groups=4, addition_embed_type="text",
+        addition_embed_type_num_heads=2, encoder_hid_dim=WIDTH,
+        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )  # fmt: skip
+    call = {"sample": drawn(ROWS, 4, SIDE, SIDE), "timestep": torch.tensor(500)}
+    return model, call | {"encoder_hidden_states": prompts()}
+
+
+def omnigen():
+    model = diffusers.OmniGenTransformer2DModel(
+        in_channels=4, hidden_size=16, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=32, num_layers=2, pad_token_id=0, vocab_size=100, time_step_dim=4,
+        rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
+    )  # fmt: skip
+    tokens = TEXT + 1 + IMAGE  # prompt, time, picture
+    call = {"hidden_states": drawn(ROWS, 4, SIDE, SIDE), "timestep": torch.full((ROWS,), 0.5)}
+    call |= {"input_ids": torch.ones(ROWS, TEXT).long(), "input_img_latents": []}
+    call |= {"input_image_sizes": {}, "attention_mask": torch.ones(ROWS, tokens, tokens)}
+    return model, call | {"position_ids": torch.arange(tokens).expand(ROWS, -1)}
 
 
 TEXT_FIRST = {"text": TEXT, "image": IMAGE}
@@ -238,4 +315,13 @@ FAMILIES = [
     Family("Z-Image", "ZImage", z_image, PADDED),
     Family("Wan", "Wan", wan),
     Family("Sana", "Sana", sana),
+    Family("LTX-Video", "LTX", ltx_video),
+    Family("CogVideoX", "CogVideoX", cogvideo_x, {"text": TEXT, "image": 2 * IMAGE}),
+    Family("PRX", "PRX", prx, TEXT_FIRST),
+    Family("HunyuanVideo", "HunyuanVideo", hunyuan_video, {"image": 2 * IMAGE, "text": TEXT}),
 ]
+REFUSED = {  # and what of
+    Family("Mochi", "Mochi", mochi): "site .* more than once in a forward",
+    Family("DeepFloyd IF", "IF", deep_floyd): "queries move with the prompt and with every part",
+    Family("OmniGen", "OmniGen", omnigen): "tokens move with no input that is known",
+}

@@ -1,39 +1,15 @@
 """Every backbone of the zoo: who attends, where prompt and picture lie, what an edit does."""
 
-from contextlib import ExitStack, contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone_zoo import FAMILIES, ROWS, TEXT, WIDTH, drawn
-from inlay import ModelError, Rows
+from backbone_checks import CHECKS, STOCK, Case
+from backbone_zoo import FAMILIES, REFUSED, ROWS, TEXT, WIDTH, drawn
+from inlay import ModelError
 from inlay.backbones import adapt, token_spans
-from inlay_attention import AttnEdits, Key, Seam, SiteProgram, attention_modules
-
-STOCK = F.scaled_dot_product_attention
-ROW = Rows.of({"edit/text": 1, "other/text": 1})
-WEIGHT, FOREIGN = 0.25, 3  # of the scale that is tried; how many keys are appended
-
-
-class Case:
-    """A family's model and call with what the probe says of it, made once."""
-
-    def __init__(self, family):
-        self.family = family
-        self.model, self.call = family.build()
-        self.plain = self.run()
-        self.sites = token_spans.probe(self.model, (), self.call)
-
-    @torch.no_grad()
-    def run(self, **changed):
-        out = self.model(**self.call | changed)[0]
-        return torch.stack(out) if isinstance(out, list) else out
-
-    def edited_sites(self):
-        """Those with a prompt among the keys."""
-        return {name: spans for name, spans in self.sites.items() if "text" in spans.keys}
+from inlay_attention import Seam, attention_modules
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda f: f.name)
@@ -41,83 +17,25 @@ def case(request):
     return Case(request.param)
 
 
-@contextmanager
-def replaced(model, function):
-    """`function(site, q, k, v, mask, scale)` in place of SDPA within attention modules, by a plain
-    patch; grouped keys are repeated before."""
-    inside = []
-
-    def sdpa(query, key, value, attn_mask=None, *rest, scale=None, enable_gqa=False, **options):
-        if not inside:
-            options |= {"scale": scale, "enable_gqa": enable_gqa}
-            return STOCK(query, key, value, attn_mask, *rest, **options)
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        return function(inside[-1], query, key, value, attn_mask, scale)
-
-    with ExitStack() as stack:
-        for name, module in attention_modules(model).items():
-            enter = module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
-            leave = module.register_forward_hook(lambda *_: inside.pop() and None)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
-        stack.callback(setattr, F, "scaled_dot_product_attention", STOCK)
-        F.scaled_dot_product_attention = sdpa
-        yield
+@pytest.fixture(autouse=True)
+def torch_is_left_as_it_was():
+    yield
+    assert F.scaled_dot_product_attention is STOCK
 
 
-def keys_of(case, **changed):
-    """The keys `R h m d` of every site in a stock forward, in the order of the calls."""
-    seen = []
-
-    def note(site, q, k, v, mask, scale):
-        seen.append((site, k))
-        return STOCK(q, k, v, mask, scale=scale)
-
-    with replaced(case.model, note):
-        case.run(**changed)
-    return seen
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_family_passes(case, check):
+    assert CHECKS[check](case), (case.sites, case.called, case.without_softmax)
 
 
-# sites and spans ------------------------------------------------------------------------------
-
-
-def test_the_sites_are_the_modules_with_a_softmax_and_each_is_reached_once(case):
-    called = [site for site, _ in keys_of(case)]
-    assert called == list(case.sites)
-    others = attention_modules(case.model).keys() - called
-    linear = "Linear"  # Sana's own name for attention without a softmax
-    assert all(linear in type(case.model.get_submodule(name).processor).__name__ for name in others)
-    assert bool(others) == (case.family.name == "Sana")
-
-
-def test_spans_are_where_the_literature_puts_them_and_cover_every_token(case):
-    for site, keys in keys_of(case):
-        spans = case.sites[site]
-        if spans.kind == "joint":
-            assert {name: s.stop - s.start for name, s in spans.keys.items()} == case.family.joint
-            assert list(spans.keys) == list(case.family.joint) and spans.queries == spans.keys
-        assert [s.start for s in spans.keys.values()][1:] == [s.stop for s in spans.keys.values()][
-            :-1
-        ]
-        assert max(s.stop for s in spans.keys.values()) == keys.shape[2]
+def test_spans_cover_every_token_once_and_one_family_alone_attends_without_a_softmax(case):
+    for site, keys in case.keys_seen():
+        spans = list(case.sites[site].keys.values())
+        assert [s.start for s in spans] == [0, *(s.stop for s in spans[:-1])]
+        assert spans[-1].stop == keys.shape[2]
     kinds = {spans.kind for spans in case.sites.values()}
-    assert ("joint" in kinds) == bool(case.family.joint) and ("cross" in kinds) != (
-        "joint" in kinds
-    )
-
-
-def test_one_word_moves_its_own_key_where_the_prompt_is_first_read(case):
-    """With attention as it is: nothing has been mixed there yet."""
-    name = "cap_feats" if "cap_feats" in case.call else "encoder_hidden_states"
-    other = torch.stack(list(case.call[name])).clone()
-    other[0, 1] += drawn(WIDTH, seed=9)
-    moved = keys_of(case, **{name: list(other) if name == "cap_feats" else other})
-    for (site, was), (_, now) in zip(keys_of(case), moved, strict=True):
-        if "text" in case.sites[site].keys:
-            at = (now != was).any(dim=(1, 3)).nonzero().tolist()
-            assert at == [[0, case.sites[site].keys["text"].start + 1]]
-            break
+    assert ("joint" in kinds) == bool(case.family.joint) != ("cross" in kinds)
+    assert bool(case.without_softmax) == (case.family.name == "Sana")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.adapter], ids=lambda f: f.name)
@@ -125,93 +43,18 @@ def test_the_adapter_of_a_family_says_the_same(family):
     case, pipe = Case(family), family.adapter()
     backbone = type(adapt(pipe))
     pipe.register_modules(**{backbone.denoiser_name: case.model})
-    backbone = backbone(pipe)
-    assert [site.name for site in backbone.sites if site.name in case.sites] == [
-        site.name for site in backbone.sites
-    ]
-    for site in backbone.sites:
+    for site in backbone(pipe).sites:
         found = case.sites[site.name]
         tokens = [max(s.stop for s in side.values()) for side in (found.queries, found.keys)]
-        assert (site.kind, backbone.spans(site, TEXT)(*tokens)) == (
-            found.kind,
-            (found.queries, found.keys),
-        )
+        spans = backbone(pipe).spans(site, TEXT)(*tokens)
+        assert (site.kind, spans) == (found.kind, (found.queries, found.keys))
 
 
-# edits ----------------------------------------------------------------------------------------
-
-
-def foreign(q):
-    """Keys and values of nobody in this call, `1 h m d`, for a site with queries `R h n d`."""
-    shape = 1, q.shape[1], FOREIGN, q.shape[3]
-    return drawn(*shape, seed=5), drawn(*shape, seed=6)
-
-
-def by_hand(case, op):
-    """The forward with every map of the edited row written out."""
-
-    def attend(site, q, k, v, mask, scale):
-        if site not in case.edited_sites():
-            return STOCK(q, k, v, mask, scale=scale)
-        out = STOCK(q, k, v, mask, scale=scale)
-        scale = scale or q.shape[-1] ** -0.5
-        logits = q[:1] @ k[:1].mT * scale
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-        logits = logits if mask is None else logits + mask[:1]
-        if op == "scale":
-            p = logits.softmax(-1)
-            p[..., case.sites[site].keys["text"]] *= WEIGHT
-            out[:1] = p @ v[:1]
-        else:
-            new_k, new_v = foreign(q)
-            p = torch.cat([logits, q[:1] @ new_k.mT * scale], -1).softmax(-1)
-            out[:1] = p @ torch.cat([v[:1], new_v], 2)
-        return out
-
-    with replaced(case.model, attend):
-        return case.run()
-
-
-def by_seam(case, op):
-    """The same forward with the edit as data."""
-    modules = attention_modules(case.model)
-
-    def program(site, spans):
-        how = "join" if op == "append" else ""
-        span = "text" if op == "scale" else "all"
-        key = Key("a test", op, "edit/text", "given:keys" if how else "", how, keys=span)
-        edits = AttnEdits({key}, "a test", tuple(ROW), "a test").on("edit/text")
-        if op == "scale":
-            edits.scale("text", WEIGHT)
-        else:
-            edits.append("given:keys")
-
-        def run(sdpa, q, *rest, **options):
-            given = {"given:keys": foreign(q)}
-            both = spans.queries, spans.keys
-            lowered = SiteProgram(site, ROW, edits.by_branch, [], {}, lambda n, m: both, {}, given)
-            return lowered(sdpa, q, *rest, **options)
-
-        return run
-
-    edited = case.edited_sites()
-    with Seam({site: modules[site] for site in edited}) as seam:
-        seam.programs |= {site: program(site, spans) for site, spans in edited.items()}
-        out = case.run()
-        seam.check()
-    return out
-
-
-@pytest.mark.parametrize("op", ["scale", "append"])
-def test_an_edit_changes_the_output_as_the_softmax_written_out_does(case, op):
-    expected, out = by_hand(case, op), by_seam(case, op)
-    change, size = (expected - case.plain).abs().amax(), case.plain.abs().amax()
-    error = (out - expected).abs().amax()
-    assert error < 1e-5 * size and error < 1e-2 * change
-    assert (out[1] - case.plain[1]).abs().amax() < 1e-5 * size  # the row that nobody edits
-    assert torch.equal(case.run(), case.plain)  # and nothing is left behind
-    assert F.scaled_dot_product_attention is STOCK
+@pytest.mark.parametrize("family", REFUSED, ids=lambda f: f.name)
+def test_a_family_whose_tokens_cannot_be_told_apart_is_refused(family):
+    model, call = family.build()
+    with pytest.raises(ModelError, match=REFUSED[family]):
+        token_spans.probe(model, (), call)
 
 
 # what is not in the zoo -----------------------------------------------------------------------

@@ -123,7 +123,7 @@ def _watch(
         def zero(sdpa: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
             if (site, "keys") in seen:
                 problem = "calls scaled_dot_product_attention more than once in a forward"
-                fix = "Unload what adds keys of its own (IP-Adapter, image prompts)."
+                fix = "Unload IP-Adapters; a family that attends row by row cannot be edited."
                 raise ModelError(problem, where=f"site {site}", fix=fix)
             seen[site, "queries"], seen[site, "keys"] = _read(q), _read(k)
             return q.new_zeros(*q.shape[:3], v.shape[3])
