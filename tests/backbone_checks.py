@@ -16,7 +16,7 @@ from backbone_zoo import WIDTH, Family, drawn
 from inlay import Rows
 from inlay.backbones import token_spans
 from inlay.backbones.token_spans import SiteSpans
-from inlay_attention import AttnEdits, Key, Seam, SiteProgram, attention_modules
+from inlay_attention import AttnEdits, Held, Key, Seam, SiteProgram, attention_modules
 
 STOCK = F.scaled_dot_product_attention
 ROWS = Rows.of({"edit/text": 1, "other/text": 1})  # only the first one is edited
@@ -151,8 +151,8 @@ def program(op: str, site: str, spans: SiteSpans) -> Callable[..., Tensor]:
         def both(queries: int, keys: int) -> tuple[dict[str, slice], dict[str, slice]]:
             return spans.queries, spans.keys
 
-        pair = {"given:keys": foreign(q)}
-        lowered = SiteProgram(site, ROWS, edits.by_branch, [], {}, both, {}, pair)
+        held = {"given:keys": Held(*foreign(q))}
+        lowered = SiteProgram(site, ROWS, edits.by_branch, [], {}, both, {}, held)
         return lowered(sdpa, q, *rest, **options)
 
     return run
