@@ -99,10 +99,12 @@ def _holds_tokens(x: Any) -> bool:
 
 
 def _changed(x: Any, token: int | None) -> Any:
-    """The argument with noise on it, or on the picture's first (0) or last (-1) token alone."""
+    """The argument with noise of its own size on it, or on the picture's first (0) or last (-1)
+    token alone."""
     if isinstance(x, list | tuple):
         return [_changed(part[None], token)[0] for part in x]
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    size = float(x.float().square().mean().sqrt()) or 1.0  # a null prompt may be zeros
+    noise = (size * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).to(x)
     if token is None:
         return x + noise
     at = (..., token, token) if x.dim() > 3 else (slice(None), token)
