@@ -30,7 +30,8 @@ def adapt(pipe: Any) -> Backbone:
     for cls in type(pipe).__mro__:
         if cls.__name__ in FAMILIES:
             return family(cls.__name__)(pipe)
-    fix = f"Supported: {', '.join(FAMILIES)}."
+    fix = f"Supported: {', '.join(FAMILIES)}. Plugins that need no more than attention and the "
+    fix += "picture act in the own call of any other one: inlay.attach(pipe, plugins)."
     raise ModelError(f"no backbone for {type(pipe).__name__}", where="model", fix=fix)
 
 
