@@ -133,6 +133,14 @@ def test_inlay_combine(example):
     assert torch.equal(latent(pipe, Seen(), guidance=1.0), latent(pipe, guidance=1.0))
 
 
+def test_inlay_objective(pipe, example):
+    cls = example("inlay_objective")
+    pulled, plain = latent(pipe, cls()).mean(), latent(pipe).mean()
+    assert abs(pulled - 1) < abs(plain - 1)
+    still = latent(pipe, cls(cls.Config(scale=0.0)))
+    torch.testing.assert_close(still, latent(pipe), rtol=1e-4, atol=1e-5)
+
+
 def test_inlay_denoised(pipe, example):
     cls = example("inlay_denoised")
     x = latent(pipe, cls(cls.Config(limit=0.1)))

@@ -20,6 +20,11 @@ class Frame:
     space: Literal["vp", "ve", "flow"]
     predicts: str  # epsilon | v_prediction | sample | flow
 
+    @property
+    def signal(self) -> Tensor:
+        """Share of the picture in x, 0..1: alpha of the same mixture at unit variance."""
+        return self.alpha / (self.alpha**2 + self.sigma**2).sqrt()
+
     def x0(self, pred: Tensor, x: Tensor) -> Tensor:
         """Clean estimate; channels beyond those of x (a learned variance) are not looked at. With
         eps it is unbounded at alpha = 0."""

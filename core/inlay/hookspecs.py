@@ -57,6 +57,12 @@ def inlay_combine(
 
 
 @hookspec
+def inlay_objective(run: Run, step: Step, lane: str) -> Tensor | None:
+    """A loss of a lane declared by need.grad, weighted, a number or one per picture: from step.x0,
+    step.x, step.probes, all in the graph. The core sums them and moves the lane against g."""
+
+
+@hookspec
 def inlay_denoised(run: Run, step: Step) -> None:
     """Fold: replace step.x0[lane]. Where nobody does, the model output is stepped untouched."""
 

@@ -6,10 +6,12 @@ import copy
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from inlay_attention import AttnEdits, Rows, Seam, SiteProgram, cat
 
+from . import objectives
 from .backbones import schedulers
 from .events import Step
 
@@ -39,8 +41,11 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         step = Step(pass_.name, index, i, request.steps, t, last, tuple(alive), frame_at, x)
         hook.inlay_pre_step(run=run, step=step)
 
-        scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
-        predict(run, pass_, step, seam, scaled)
+        losses = objectives.start(run, step)
+        with torch.set_grad_enabled(any(g.through == "model" for g in losses)):
+            scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
+            predict(run, pass_, step, seam, scaled)
+        shifts = objectives.guide(run, step, losses) if losses else {}
         seam.programs = {}  # another run inside a hook is not edited
         hook.inlay_denoised(run=run, step=step)
         for name in alive:
@@ -50,6 +55,8 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
                 output = cat([written, output[:, written.shape[1] :]], 1)  # a variance stays
             generator = run.generators[pass_.name, name]
             step.x_next[name] = schedulers.advance(solvers[name], output, t, x[name], generator)
+            if name in shifts:
+                step.x_next[name] = step.x_next[name] + shifts[name]
         hook.inlay_post_step(run=run, step=step)
         observe(run, step)
         x.update({name: step.x_next[name] for name in alive})

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inlay_attention import Key, Op, Probe, lane_of
 from inlay_attention.conflicts import DeclaredEdit, settle
+from inlay_config.config import Gradient
 from inlay_config.errors import ConfigError, PlanConflict
 
 from .events import AttnSite, Branch, Lane, Plugin, Window
 from .kv import stored
+from .objectives import DeclaredGrad
 
 if TYPE_CHECKING:
     from .backbones import Backbone
@@ -39,6 +41,7 @@ class Request:
     skip_dead_rows: bool = True
     resolve: tuple[Mapping[str, str], ...] = ()
     replays: bool = False
+    gradient: Gradient = field(default_factory=Gradient)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Plan:
     edits: tuple[DeclaredEdit, ...]
     dropped: tuple[DeclaredEdit, ...]
     probes: tuple[Probe, ...]
+    grads: tuple[DeclaredGrad, ...]
     words: dict[str, tuple[str, str | tuple[int, ...]]]
     publishes: dict[str, str]
     events: dict[str, tuple[str, ...]]
@@ -168,6 +172,13 @@ class Needs:
         self._draft.probes.append(probe)
         self.word(name, branch, word)
 
+    def grad(
+        self, lane: str = "edit", active: Active = None, through: Literal["model", "x0"] = "model"
+    ) -> None:
+        """A loss of `lane` will be said in `active`. through: the model, or x0 alone, which spares
+        the model's backward and takes its prediction as it is."""
+        self._draft.grads.append(DeclaredGrad(self.owner, lane, self.active(active), through))
+
     def publish(self, key: str) -> None:
         """A board key that this plugin, and no other, will write."""
         first = self._draft.published.setdefault(key, self.owner)
@@ -191,6 +202,7 @@ class Draft:
     words: dict[str, tuple[str, str | tuple[int, ...]]] = field(default_factory=dict)
     edits: list[DeclaredEdit] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
+    grads: list[DeclaredGrad] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
     consumed: list[tuple[str, str]] = field(default_factory=list)
 
@@ -231,6 +243,7 @@ def make_plan(
     alive |= {(p.name, b.name): frozenset(b.steps) for p in passes for b in p.branches}
     edits = tuple(clip(e, (e.pass_, e.lane), alive) for e in draft.edits)
     probes = tuple(clip(p, ("edit", p.branch), alive) for p in draft.probes)
+    grads = tuple(clip(g, ("edit", g.lane), alive) for g in draft.grads)
     edits, dropped = settle(edits, probes, request.resolve)
     acting, sites = (*edits, *probes), dict[str, tuple[str, ...]]()
     for d in acting:
@@ -241,7 +254,7 @@ def make_plan(
     sites = {name: users for name, users in sites.items() if users}
     rows = max(p.rows(i) for p in passes for i in range(request.steps))
     memory = backbone.memory(request.size, rows, bool(edits), len(probes))
-    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, dropped, probes)
+    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, dropped, probes, grads)
     return Plan(*decided, draft.words, draft.published, events, memory)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from inlay_attention import Seam, Store
 from inlay_config import config, images, registry
-from inlay_config.config import Experiment
+from inlay_config.config import Experiment, Gradient
 from inlay_config.errors import ModelError, PluginError
 
-from . import backbones, guidance, hookspecs
+from . import backbones, guidance, hookspecs, objectives
 from .backbones import schedulers, text
 from .board import Board
 from .cli.trace import Tracer
@@ -34,7 +34,8 @@ EVENTS = [name for name in vars(hookspecs) if name.startswith("inlay_")]
 
 class Run:
     """One run as plugins see it. conds: by branch; words[probe]: text tokens; x_T[pass, lane]:
-    unit-variance initial noise; finals[pass][lane]: last latents of the passes so far."""
+    unit-variance initial noise; finals[pass][lane]: last latents of the passes so far;
+    unguided[lane]: the latest x0 of a lane with losses, before they moved it."""
 
     def __init__(self, session: Session, plan: Plan, callback: Callback | None, **given: Any):
         self.plan, self.callback, self.hook = plan, callback, session.manager.hook
@@ -47,6 +48,8 @@ class Run:
         self.finals, self.timings = dict[str, dict[str, Tensor]](), dict[str, float]()
         self.hook_of, self._scheduler = session.hook_of, session.scheduler
         self._sigmas, self._noise = given.get("sigmas"), given.get("noise") or {}
+        self.unguided = dict[str, Tensor]()
+        self.variance_type = str(self._scheduler.config.get("variance_type", ""))
         self.tape = Tape(session.store, plan, session.backbone)
 
     def rng(self, *names: str) -> torch.Generator:
@@ -79,9 +82,9 @@ class Session:
 
     plugins: name -> options, in execution order; a name is a plugin or a preset, a value may be a
     live Plugin. skip_dead_rows=False evaluates every lane in every step. resolve: rules {site,
-    winner} for edits that clash. store: lanes recorded by the first run, replayed by
-    later ones. tracer: times every run. Raises ConfigError and ModelError;
-    PlanConflict when a run is planned.
+    winner} for edits that clash. store: lanes recorded by the first run, replayed by later ones.
+    gradient: what is done with summed losses. tracer: times every run. Raises ConfigError and
+    ModelError; PlanConflict when a run is planned.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Session:
         skip_dead_rows: bool = True,
         resolve: Sequence[Mapping[str, str]] = (),
         store: Store | None = None,
+        gradient: Gradient | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         model, self.folder, self.skip_dead_rows = str(pipe), "", skip_dead_rows
@@ -116,6 +120,7 @@ class Session:
         self.setup: dict[str, Any] = {"model": model, "revision": revision, "offload": offload}
         self.setup |= {"plugins": options, "scheduler": type(self.scheduler).__name__}
         self.setup |= {"resolve": [dict(rule) for rule in resolve]}
+        self.setup |= {"gradient": gradient or Gradient()}
         self.manager, self._callers = pluggy.PluginManager("inlay"), dict[tuple[str, str], Any]()
         self.manager.add_hookspecs(hookspecs)
         try:
@@ -147,6 +152,7 @@ class Session:
             inputs=tuple(key for kind in inputs for key in images.BOARD[kind]),
             skip_dead_rows=self.skip_dead_rows,
             resolve=tuple(asked.resolve),
+            gradient=asked.gradient,
             replays=bool(self.store and self.store.facts),
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
@@ -154,6 +160,14 @@ class Session:
         ours = {e: [i for i in reversed(impls[e]) if i.plugin is not guidance] for e in EVENTS}
         order = {e[6:]: tuple(i.plugin_name for i in listed) for e, listed in ours.items()}
         plan = make_plan(self.plugins, self.hook_of, order, request, self.backbone)
+        if plan.grads:
+            base = copy.deepcopy(self.scheduler)
+            self.backbone.set_timesteps(base, asked.steps, None, size)
+            frames = zip(
+                schedulers.steps_of(base, asked.steps), schedulers.tabulate(base), strict=False
+            )
+            signals = {step: float(frame.signal) for step, frame in frames}
+            plan = objectives.check(plan, self.scheduler, signals)
         if self.store:
             plan.memory["store"] = Tape(self.store, plan, self.backbone).size
         return plan
@@ -197,6 +211,7 @@ class Session:
             sites = plan.sites.keys() | run.tape.sites
             modules = {k: m for k, m in self.backbone.modules.items() if k in sites}
             seam = stack.enter_context(Seam(modules))
+            stack.enter_context(objectives.light(run))
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
             self.prepare(run, conds or {}, pictures)

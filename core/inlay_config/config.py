@@ -42,6 +42,30 @@ class Inputs:
 
 
 @dataclass
+class Gradient:
+    """What is done with the gradient of the summed losses of all plugins, per picture."""
+
+    apply: str = "x0"  # x0: move the clean estimate by sigma²/alpha; mean: the next latent by Sigma
+    through: str | None = None  # model or x0 for all losses; null: as each plugin says
+    scale: float = 1.0
+    normalize: bool = False  # to unit root mean square
+    clip: float | None = None  # largest L2 norm
+    alpha_min: float = 0.1  # no loss while x holds less of the picture: x0 means nothing
+    on_nonfinite: str = "raise"  # or skip the step
+    checkpoint: bool = False  # recompute activations: less memory, more time
+
+    def __post_init__(self) -> None:
+        for key, known in (
+            ("apply", ("x0", "mean")),
+            ("through", (None, "model", "x0")),
+            ("on_nonfinite", ("raise", "skip")),
+        ):
+            if (value := getattr(self, key)) not in known:
+                fix = f"Use {' or '.join(str(k or 'null') for k in known)}."
+                raise ConfigError(f"{value!r} cannot be used", where=f"gradient.{key}", fix=fix)
+
+
+@dataclass
 class Stored:
     """Lanes recorded in a file and replayed from it: see `inlay_attention.Store`."""
 
@@ -74,6 +98,7 @@ class Experiment:
     input: Inputs = field(default_factory=Inputs)
     plugins: dict[str, Any] = field(default_factory=dict)  # name: options, in execution order
     resolve: list[dict[str, str]] = field(default_factory=list)  # {site, winner} where edits clash
+    gradient: Gradient = field(default_factory=Gradient)
     store: Stored = field(default_factory=Stored)
     out: str | None = None
 
@@ -215,7 +240,7 @@ def _override(text: str) -> tuple[str, DictConfig]:
 def _build(layers: Iterable[tuple[str, DictConfig]]) -> Experiment:
     config: DictConfig = OmegaConf.structured(Experiment)
     for file, layer in layers:
-        for key in layer.keys() & {"prompt", "input", "plugins", "store"}:
+        for key in layer.keys() & {"prompt", "input", "plugins", "store", "gradient"}:
             if not isinstance(layer[key], DictConfig):
                 raise ConfigError("must be a mapping", where=_join(file, key), fix="{key: value}")
         listed, config = config.plugins.keys(), _merge(config, layer, file)

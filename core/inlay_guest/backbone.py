@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 from einops import rearrange
-from inlay.backbones.token_spans import SiteSpans, probe
 from torch import Tensor, nn
 
 from inlay import AttnSite, ModelError
 from inlay.backbones import Backbone, family
 from inlay.backbones.base import Size, Spans
+from inlay.backbones.token_spans import SiteSpans, probe
 from inlay_attention import attention_modules
 
 FAMILIES = {  # denoiser -> the pipeline whose adapter knows its tokens

@@ -31,6 +31,10 @@ def plan_table(plan: Plan) -> str:
         f"{len(q.sites)} sites, steps {ranges(q.steps)}"
         for q in plan.probes
     ]
+    lines += [
+        f"  {g.plugin}: loss of {g.lane} through {g.through}, steps {ranges(g.steps)}"
+        for g in plan.grads
+    ]
     order = [f"  {event}: {' -> '.join(names)}" for event, names in plan.events.items() if names]
     board = ", ".join(f"{key} ({owner})" for key, owner in plan.publishes.items()) or "empty"
     memory = ", ".join(f"{purpose} {in_bytes(size)}" for purpose, size in plan.memory.items())
@@ -93,6 +97,10 @@ def plan_data(plan: Plan) -> dict[str, Any]:
                 "steps": sorted(q.steps),
             }
             for q in plan.probes
+        ],
+        "objectives": [
+            {"plugin": g.plugin, "lane": g.lane, "through": g.through, "steps": sorted(g.steps)}
+            for g in plan.grads
         ],
         "events": {event: list(names) for event, names in plan.events.items() if names},
         "publishes": plan.publishes,
