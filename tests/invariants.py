@@ -58,6 +58,13 @@ def mutual_self_attention(made, without):
         assert (call.share(branch, (branch, "image")) == 0).all()
 
 
+def shared_attention(made, without):
+    for call, branch in made.record.edited("shared_attention"):
+        role = branch.split("/")[1]
+        twin = f"reference/{role}" if f"reference/{role}" in call.program.rows else "reference/text"
+        assert (call.share(branch, (twin, "image")) > 0).all()
+
+
 def subject_mask(made, without):
     heat, mask = made.board["map:subject"], made.board["mask:subject"]
     assert torch.equal(mask, masks.otsu(heat)) and 0 < mask.mean() < 1
@@ -191,6 +198,10 @@ CASES = {
         mutual_self_attention,
         {"active": [1, 3]},
         ("source_trajectory",),
+    ),
+    "shared_attention": Case(
+        "every image query of the edit attends to the reference's image keys",
+        shared_attention,
     ),
     "regional_prompts": Case(
         "outside the region the logits of its words are lowered by the strength, inside by nothing",

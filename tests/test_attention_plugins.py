@@ -1,16 +1,18 @@
-"""reweight, pag, mutual_self_attention, regional_prompts, attention_maps: their mathematics,
-against the same written out with every map in full, on both families."""
+"""reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps: their
+mathematics, against the same written out with every map in full, on both families."""
 
 import pytest
 import torch
 
 import inlay
-from inlay import ConfigError, InputError
+from compositions import Recorder
+from inlay import ConfigError, InputError, PlanConflict
 from inlay_plugins.attention_maps import AttentionMaps
 from inlay_plugins.mutual_self_attention import MutualSelfAttention
 from inlay_plugins.pag import Pag
 from inlay_plugins.regional_prompts import RegionalPrompts
 from inlay_plugins.reweight import Reweight
+from inlay_plugins.shared_attention import SharedAttention
 from models import conds, flux, stable_diffusion
 from spies import plugin
 
@@ -146,6 +148,63 @@ def test_mutual_self_attention_reads_the_sources_keys_and_values(model):
     assert not torch.allclose(ours, latents(model, {"source": source(), "masa": late}), atol=1e-4)
 
 
+def adain(x, y):
+    """eq. 4 of StyleAligned: x `b h n d` with mean and deviation of y over the tokens."""
+    spread = (x.var(2, correction=0, keepdim=True) + 1e-5).sqrt()
+    return (x - x.mean(2, True)) / spread * (
+        y.var(2, correction=0, keepdim=True) + 1e-5
+    ).sqrt() + y.mean(2, True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalise": False}, {"scale": 1.2, "shift": -0.7}], ids=str
+)
+def test_shared_attention_is_one_softmax_over_own_and_reference_keys(model, options):
+    """For both pictures, with and without the prompt, at every site; text queries are untouched."""
+    plugin, recorder = SharedAttention(SharedAttention.Config(**options)), Recorder()
+    session = inlay.Session(model[0], {"s": plugin, "recorder": recorder}, tracer=recorder)
+    asked = {"steps": 2, "n": 2, "conds": model[2], **model[1]}
+    session.run({"source": "a", "edit": "b"}, **asked)
+    places = recorder.edited("s")
+    assert {branch for _, branch in places} == {"edit/text", "edit/null"}
+    for call, branch in places:
+        q, k, v = (t.double() for t in call.args[:3])
+        image = call.program.spans(q.shape[2], k.shape[2])[0]["image"]
+        own, other = (call.program.rows[b] for b in (branch, branch.replace("edit", "reference")))
+        theirs, keys, queries = k[other, :, image], k[own].clone(), q[own, :, image]
+        if options.get("normalise", True):
+            queries = adain(queries, q[other, :, image])
+            keys[:, :, image] = adain(keys[:, :, image], theirs)
+        logits = queries @ theirs.mT / q.shape[3] ** 0.5
+        logits = options.get("scale", 1.0) * logits + options.get("shift", 0.0)
+        p = torch.cat([queries @ keys.mT / q.shape[3] ** 0.5, logits], -1).softmax(-1)
+        ours = call.answer(call.args[2])[own]
+        values = torch.cat([v[own], v[other, :, image].expand(2, -1, -1, -1)], 2)
+        torch.testing.assert_close(ours[:, :, image], (p @ values).float(), **CLOSE)
+        text = slice(0, image.start)
+        plain = (q[own, :, text] @ k[own].mT / q.shape[3] ** 0.5).softmax(-1) @ v[own]
+        torch.testing.assert_close(ours[:, :, text], plain.float(), **CLOSE)
+
+
+def test_shared_attention_draws_the_reference_as_if_alone_and_whatever_the_seed(model):
+    shared = {"s": SharedAttention()}
+    one, two = (run(model, shared, seed=seed).latents["reference"] for seed in (0, 1))
+    assert torch.equal(one, two)
+    alone = plugin(declare=lambda need: need.lane("reference", prompt="source", seed=6311))
+    assert torch.equal(one, run(model, {"alone": alone}).latents["reference"])
+
+
+def test_shared_attention_takes_the_source_lane_as_reference(model):
+    cfg = SharedAttention.Config(lane="source", active=[0, 2])
+    result = run(model, {"source": source(), "s": SharedAttention(cfg)})
+    assert set(result.latents) == {"source", "edit"}
+    assert not torch.allclose(
+        result.latents["edit"], latents(model, {"source": source()}), atol=1e-4
+    )
+    with pytest.raises(PlanConflict, match="lane 'source', which nobody declares"):
+        run(model, {"s": SharedAttention(cfg)})
+
+
 def test_regional_prompts_lower_the_logits_outside(model):
     left = [{"words": "dog", "box": [0, 0, 0.5, 1]}]
 
@@ -193,6 +252,7 @@ def test_attention_maps_change_nothing_and_are_published(model):
         (RegionalPrompts.Config(), r"plugins\.p\.regions: no regions"),
         (RegionalPrompts.Config([{"words": "dog"}]), r"plugins\.p\.regions\[0\].*is no region"),
         (RegionalPrompts.Config([{"words": "dog", "box": [0.5, 0, 0.2, 1]}]), r"\.box.*is no box"),
+        (SharedAttention.Config(scale=0.0), r"plugins\.p\.scale: 0\.0 turns"),
         (AttentionMaps.Config(), r"plugins\.p\.words: no words"),
         (
             AttentionMaps.Config(["dog"], steps=[7]),
@@ -203,6 +263,7 @@ def test_attention_maps_change_nothing_and_are_published(model):
 )
 def test_options_that_cannot_work_are_refused(model, cfg, message):
     made = {Reweight.Config: Reweight, RegionalPrompts.Config: RegionalPrompts}
+    made |= {SharedAttention.Config: SharedAttention}
     with pytest.raises(ConfigError, match=message):
         run(model, {"p": made.get(type(cfg), AttentionMaps)(cfg)})
 

@@ -32,7 +32,7 @@ def test_every_plugin_has_an_invariant():
 def test_a_plugin_alone_acts_and_keeps_its_invariant(model, name):
     made, without = alone(model, name), alone(model, *CASES[name].companions)
     CASES[name].holds(made, without)
-    with pytest.raises((AssertionError, PluginError)):  # not true of every run
+    with pytest.raises((AssertionError, KeyError, PluginError)):  # else it says nothing
         CASES[name].holds(without, without)
     assert torch.equal(made.picture, without.picture) is not CASES[name].draws
     assert set(CASES[name].board) <= set(made.board)
