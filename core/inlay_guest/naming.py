@@ -52,8 +52,8 @@ class Prompts:
             words = given.get(names[turn] if len(found) > 1 else "prompt")
             words = words[0] if isinstance(words, list | tuple) and words else words
             self.rows[branch], self.text[branch] = rows, words or ""
-            ids = {name: calls[turn] for name, calls in heard.items() if len(calls) > turn}
-            self.tokens[branch] = self._pieces(ids, len(rows[0]), self.text[branch])
+            said = {name: calls[turn] for name, calls in heard.items() if len(calls) > turn}
+            self.tokens[branch] = self._pieces(said, rows[0], self.text[branch])
         return encoded
 
     def cond(self, branch: str) -> Cond:
@@ -101,38 +101,43 @@ class Prompts:
         return owners[0] if owners else ""
 
     @contextmanager
-    def _listening(self) -> Iterator[dict[str, list[Tensor]]]:
-        """Token ids `b t` of every call of every text encoder."""
-        heard: dict[str, list[Tensor]] = {}
+    def _listening(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+        """Token ids `b t` and first output of every call of every text encoder."""
+        heard: dict[str, list[tuple[Tensor, Tensor]]] = {}
         with ExitStack() as stack:
             for name, module in self.pipe.components.items():
                 if name.startswith("text_encoder") and isinstance(module, nn.Module):
 
-                    def hear(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
-                        ids = kwargs.get("input_ids", args[0] if args else None)
+                    def hear(_: Any, args: Any, given: Any, out: Any, name: str = name) -> None:
+                        ids = given.get("input_ids", args[0] if args else None)
                         if isinstance(ids, Tensor) and ids.dim() == 2:
-                            heard.setdefault(name, []).append(ids)
+                            heard.setdefault(name, []).append((ids, out[0]))
 
-                    hook = module.register_forward_pre_hook(hear, with_kwargs=True)
+                    hook = module.register_forward_hook(hear, with_kwargs=True)
                     stack.callback(hook.remove)
             yield heard
 
-    def _pieces(self, ids: Mapping[str, Tensor], length: int, prompt: str) -> list[str]:
-        """Text pieces behind an embedding of `length` tokens: of the encoder that is as long; of
-        several, one behind the other (SD3); or the end of a longer one (a template is cut off).
-        What a template puts around the prompt is emptied, so that words are found in the prompt."""
+    def _pieces(
+        self, heard: Mapping[str, tuple[Tensor, Tensor]], row: Tensor, prompt: str
+    ) -> list[str]:
+        """Text pieces behind an embedding `t c`: of the encoder whose output it is, or that is as
+        long; of several, one behind the other (SD3); or the end of a longer one, whose template was
+        cut off. What a template puts around the prompt is emptied: words are the prompt's."""
         said: dict[int, list[str]] = {}
-        for name, batch_ids in ids.items():
+        for name, (ids, out) in heard.items():
             tokenizer: Any = getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None)
             if hasattr(tokenizer, "convert_ids_to_tokens"):
-                pieces = tokenizer.convert_ids_to_tokens(batch_ids[0].tolist())
+                pieces = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+                if _same(row, out[0]):
+                    said = {len(row): pieces}
+                    break
                 said.setdefault(len(pieces), pieces)
         joined = [piece for pieces in said.values() for piece in pieces]
-        pieces = said.get(length) or (joined if len(joined) == length else joined[-length:])
-        if len(pieces) != length:
+        pieces = said.get(len(row)) or joined[-len(row) :]
+        if len(pieces) != len(row):
             return []
         try:
-            inside = set(find(Cond(torch.empty(0), None, pieces), prompt))
+            inside = set(find(Cond(row[None], None, pieces), prompt))
         except InputError:  # the tokenizer respells it
             return pieces
         return [piece if i in inside else "" for i, piece in enumerate(pieces)]

@@ -27,7 +27,7 @@ class _Layered:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call: Callable[..., Any] = self.method
         for layer in self.layers:
-            call = partial(layer, call)
+            call = functools.update_wrapper(partial(layer, call), self.method)
         return call(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -25,12 +25,6 @@ def refuse(session: Session, request: Request, had: Collection[str]) -> bool:
     """Let every plugin declare; whether one touches attention. had: GUEST or SAMPLED. Raises
     PlanConflict for the first plugin that needs something else."""
     touched = False
-    for event in EVENTS:
-        name = event.removeprefix("inlay_")
-        for impl in getattr(session.manager.hook, event).get_hookimpls():
-            harmless = name in had or (name == "begin" and "x" not in impl.argnames)
-            if impl.plugin_name in session.plugins and not harmless:
-                raise _refused(impl.plugin_name, f"acts in {event}", name)
     for owner in session.plugins:
         draft = Draft(published=dict.fromkeys(request.inputs, "input"))
         needs = Needs(owner, request, session.backbone.sites, draft)
@@ -41,6 +35,12 @@ def refuse(session: Session, request: Request, had: Collection[str]) -> bool:
                 named = key if isinstance(key, str) else "/".join(key[1:])
                 raise _refused(owner, f"needs the {what} {named!r}", what)
         touched = touched or bool(draft.edits or draft.probes)
+    for event in EVENTS:
+        name = event.removeprefix("inlay_")
+        for impl in getattr(session.manager.hook, event).get_hookimpls():
+            harmless = name in had or (name == "begin" and "x" not in impl.argnames)
+            if impl.plugin_name in session.plugins and not harmless:
+                raise _refused(impl.plugin_name, f"acts in {event}", name)
     return touched
 
 
