@@ -12,8 +12,10 @@ def variance(kind: str, here: Frame, after: Frame, output: Tensor, like: Tensor)
     """Σ of the step between two frames (Ho et al. 2020, eq. 7), by the scheduler's variance_type.
 
     A learned one is read from the channels of `output` behind those of `like` (Nichol & Dhariwal
-    2021, eq. 15) and has the shape of `like`; others are 0-d.
+    2021, eq. 15) and has the shape of `like`; others are 0-d. The last step adds no noise: 0.
     """
+    if not after.sigma:
+        return torch.zeros_like(here.sigma)
     large = 1 - (here.alpha / after.alpha) ** 2
     small = (large * (after.sigma / here.sigma) ** 2).clamp_min(1e-20)
     if "learned" not in kind:
