@@ -33,6 +33,19 @@ def evaluate(
         typer.Option(metavar="DIR", help="Where to write; outputs/eval/TASK if not given."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the items.")] = 0,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHERE|OPTION=VALUE",
+            help="The benchmark's folder or hub name; options of its items.",
+        ),
+    ] = None,
+    network: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=WHERE", help="What measures look through, instead of the task's."
+        ),
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Method that others are compared to; the first if not given.")
     ] = None,
@@ -63,6 +76,7 @@ def evaluate(
     if n is not None and n < 1:
         raise ConfigError(f"{n} items", where="--n", fix="It must be 1 or more.")
     loaded = tasks.load(task)
+    tasks.adapt(loaded, data or (), network or ())
     folder = output.resolve(out) if out else runner.default_folder(loaded)
     words, asked = overrides or (), [name for name in methods.split(",") if name]
     made, draw = build(asked, loaded, words), drawer(loaded, words)

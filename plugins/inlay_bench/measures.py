@@ -357,7 +357,7 @@ def detector() -> Any:
     return net
 
 
-NETWORKS: dict[str, Callable[[], Any]] = {
+NETWORKS: dict[str, Callable[..., Any]] = {
     "detector": detector,
     "judge": networks.judge,
     "lpips": networks.lpips,

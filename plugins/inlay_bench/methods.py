@@ -157,7 +157,9 @@ class Edit(Method):
         prompts = config.to_dict(exp)["prompt"]
         given = source if self.task.inputs == "given" else None
         result = self._session_of(exp).run(prompts, given, **asked, seed=item.seed)
-        return to_pil(result.images["edit"])[0]
+        made = to_pil(result.images["edit"])[0]
+        # A model that works at another size is measured at the input's.
+        return made if given is None or made.size == given.size else made.resize(given.size)
 
     def _session_of(self, exp: Experiment) -> Any:
         """The session of the last item, or a new one where an option has changed."""
@@ -185,7 +187,8 @@ def build(names: Sequence[str], task: Task, overrides: Sequence[str] = ()) -> li
         "elsewhere": lambda: Twin(elsewhere=True),
     }
     made: dict[str, Method] = {}
-    for name in [*names, *(row for row in SANITY if row not in names)]:
+    sanity = SANITY if shipped.model else ("copy",)
+    for name in [*names, *(row for row in sanity if row not in names)]:
         method = known[name]() if name in known else Edit(name, task, overrides, pipelines)
         if method.name in made or method.name == "input":
             fix = "Give every experiment a file name of its own, other than `input`."

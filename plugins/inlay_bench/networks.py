@@ -167,11 +167,13 @@ class FidInception(nn.Module):
         return self((x.clamp(0, 1) * 255).round())
 
 
-def judge(device: str | torch.device = "cpu") -> ClipEncoder:
-    """The toybox's CLIP that only ever judges: no method is guided by it."""
+def judge(where: str = "toybox/judge", device: str | torch.device = "cpu") -> ClipEncoder:
+    """The CLIP that judges: by default the toybox's, which no method is guided by; else a folder or
+    hub name."""
     import inlay_toybox
 
-    return ClipEncoder.from_pretrained(inlay_toybox.path("judge"), "toybox/judge", device)
+    folder = inlay_toybox.path("judge") if where == "toybox/judge" else where
+    return ClipEncoder.from_pretrained(folder, where, device)
 
 
 def lpips(net: str = "alex", device: str | torch.device = "cpu") -> Lpips:

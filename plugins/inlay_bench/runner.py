@@ -151,7 +151,8 @@ def load_networks(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     found, missing = dict[str, Any](), dict[str, str]()
     for name in dict.fromkeys(net for m in task.measures for net in MEASURES[m].networks):
         try:
-            found[name] = measures.NETWORKS[name]()
+            given = [task.networks[name]] if name in task.networks else []
+            found[name] = measures.NETWORKS[name](*given)
         except ModelError as error:
             missing[name] = str(error).replace(str(Path.home()), "~")
     absent = {

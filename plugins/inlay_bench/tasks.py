@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -76,10 +77,11 @@ class Task:
 
     summary: one line. data: see there. inputs: "given" (an item has a picture) or "drawn" (the
     task's model draws it from the source text and the item's seed). model: draws such inputs and
-    makes the round trip of the row `vae`. run: setting of a run -> name of an item's text. seeds:
-    plugin -> its option that is the item's seed, where a method lists that plugin. measures: by
-    name, in the order of the report. n: items when `--n` is not given. notes: what the report says
-    beside the numbers.
+    makes the round trip of the row `vae`; "" leaves that row out. run: setting of a run -> name of
+    an item's text. seeds: plugin -> its option that is the item's seed, where a method lists that
+    plugin. networks: which one stands for a name that measures look through, by folder or hub name.
+    measures: by name, in the order of the report. n: items when `--n` is not given. notes:
+    what the report says beside the numbers.
     """
 
     summary: str = "???"
@@ -88,6 +90,7 @@ class Task:
     model: str = "toybox/flux"
     run: dict[str, str] = field(default_factory=dict)
     seeds: dict[str, str] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
     measures: list[str] = field(default_factory=list)
     n: int = 100
     notes: list[str] = field(default_factory=list)
@@ -149,14 +152,38 @@ def load(name: str) -> Task:
     return task
 
 
+def adapt(task: Task, data: Sequence[str] = (), networks: Sequence[str] = ()) -> None:
+    """Put what the command line says into a task.
+
+    data: where its files are, or `option=value` of its provider. networks: `name=where`. Raises
+    ConfigError for a network without a place, and for what the task does not know.
+    """
+    for word in data:
+        option, equals, value = word.partition("=")
+        named = equals and option.isidentifier()
+        try:
+            task.data.options |= {option: yaml.safe_load(value)} if named else {"data": word}
+        except yaml.YAMLError as error:
+            problem = f"'{value}' is no value: {' '.join(str(error).split())}"
+            raise ConfigError(problem, where=f"--data {option}") from error
+    for word in networks:
+        name, equals, where = word.partition("=")
+        if not (equals and where):
+            fix = "Say NAME=FOLDER, or NAME=OWNER/MODEL."
+            raise ConfigError(f"'{word}' says no place", where="--network", fix=fix)
+        task.networks[name] = where
+    _check(task, f"task {task.name}")
+
+
 def _check(task: Task, where: str) -> None:
-    from inlay_bench.measures import MEASURES
+    from inlay_bench.measures import MEASURES, NETWORKS
 
     register_all()
     known: tuple[tuple[str, list[str], Any], ...] = (
         ("data.provider", [task.data.provider], PROVIDERS),
         ("inputs", [task.inputs], ("given", "drawn")),
         ("run", list(task.run), SETTINGS),
+        ("networks", list(task.networks), NETWORKS),
         ("measures", task.measures, MEASURES),
     )
     for key, given, allowed in known:
@@ -173,7 +200,8 @@ def _check(task: Task, where: str) -> None:
 def register_all() -> None:
     """Import what registers providers and measures: ours, and the modules that other packages name
     in the entry point group `inlay.bench`. Raises PluginError for one that cannot be imported."""
-    importlib.import_module("inlay_bench.providers")
+    for ours in ("providers", "benchmarks"):
+        importlib.import_module(f"inlay_bench.{ours}")
     for point in sorted(entry_points(group="inlay.bench")):
         try:
             point.load()
