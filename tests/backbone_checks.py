@@ -102,8 +102,7 @@ class Case:
         """The output with the same edit as data, at every site that reads a prompt."""
         modules = attention_modules(self.model)
         with Seam({site: modules[site] for site in self.reads_text}) as seam:
-            for site, spans in self.reads_text.items():
-                seam.programs[site] = program(op, site, spans)
+            seam.programs = {s: program(op, s, spans) for s, spans in self.reads_text.items()}
             out = self.run()
             seam.check()
         return out

@@ -186,7 +186,7 @@ def test_a_probe_within_a_running_seam_leaves_it_in_place(case):
         return sdpa(*args, **options)
 
     with Seam(modules) as seam:
-        seam.programs |= dict.fromkeys(case.sites, note)
+        seam.programs = dict.fromkeys(case.sites, note)
         assert token_spans.probe(case.model, (), case.call) == case.sites
         F.scaled_dot_product_attention(*drawn(3, 1, 1, 2, 4))  # of another model, say its VAE
         assert not reached

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,9 @@ class Session:
     plugins: name -> options, in execution order; a name is a plugin or a preset, a value may be a
     live Plugin. skip_dead_rows=False evaluates every lane in every step. resolve: rules {site,
     winner} for edits that clash. store: lanes recorded by the first run, replayed by later ones.
-    gradient: what is done with summed losses. tracer: times every run. Raises ConfigError and
-    ModelError; PlanConflict when a run is planned.
+    gradient: what is done with summed losses. tracer: times every run. compile: the model with its
+    edits; torch.compile's options, and `regional`. Raises ConfigError and ModelError; PlanConflict
+    when a run is planned.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Session:
         store: Store | None = None,
         gradient: Gradient | None = None,
         tracer: Tracer | None = None,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         model, self.folder, self.skip_dead_rows = str(pipe), "", skip_dead_rows
         self.store = store
@@ -112,6 +114,7 @@ class Session:
         else:
             model = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
         self.backbone = backbones.adapt(pipe)
+        self.compiled = backbones.Compiled(self.backbone, compile) if compile else None
         self.scheduler = schedulers.choose(self.backbone, scheduler)
         live = {name: p for name, p in (plugins or {}).items() if isinstance(p, Plugin)}
         options = {name: None if name in live else v for name, v in (plugins or {}).items()}
@@ -121,6 +124,7 @@ class Session:
         self.setup |= {"plugins": options, "scheduler": type(self.scheduler).__name__}
         self.setup |= {"resolve": [dict(rule) for rule in resolve]}
         self.setup |= {"gradient": gradient or Gradient()}
+        self.setup |= {"compile": self.compiled.asked if self.compiled else False}
         self.manager, self._callers = pluggy.PluginManager("inlay"), dict[tuple[str, str], Any]()
         self.manager.add_hookspecs(hookspecs)
         try:
@@ -208,10 +212,11 @@ class Session:
         run = Run(self, plan, callback, sigmas=sigmas, noise=noise)
         asked.device, asked.dtype = run.device.type, str(run.dtype).removeprefix("torch.")
         with ExitStack() as stack:
-            sites = plan.sites.keys() | run.tape.sites
+            sites = self.backbone.modules if self.compiled else plan.sites.keys() | run.tape.sites
             modules = {k: m for k, m in self.backbone.modules.items() if k in sites}
-            seam = stack.enter_context(Seam(modules))
+            seam = stack.enter_context(Seam(modules, self.compiled is not None))
             stack.enter_context(objectives.light(run))
+            stack.enter_context(self.compiled or nullcontext())
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
             self.prepare(run, conds or {}, pictures)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from inlay_config.errors import PluginError
@@ -76,6 +77,21 @@ class Edit:
     from_: str = ""
     how: How = ""
     own: Number = 1.0
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it is known to change nothing; nobody looks into tensors."""
+        idle = {"gain": 1, "scale": 1, "bias": 0, "mix": 0}.get(self.op)
+        idle = 0 if self.how == "side" else idle
+        return idle is not None and isinstance(self.value, int | float) and self.value == idle
+
+    def with_tensors(self) -> Edit:
+        """With its numbers as 0-d tensors of its own."""
+        value, own = (
+            torch.tensor(float(x)) if isinstance(x, int | float) else x
+            for x in (self.value, self.own)
+        )
+        return replace(self, value=value, own=own)
 
 
 @dataclass

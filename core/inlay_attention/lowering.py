@@ -92,6 +92,18 @@ class SiteProgram:
         outputs = iter(_grouped(attend, [r for run in answers for part in run for r in part]))
         return cat([cat([sum_of([next(outputs) for _ in p]) for p in run], 2) for run in answers])
 
+    def reduced(self) -> SiteProgram | None:
+        """Without edits that are known to change nothing; None when nothing is left to do."""
+        edits = {b: [e for e in listed if not e.neutral] for b, listed in self.edits.items()}
+        edits = {branch: listed for branch, listed in edits.items() if listed}
+        return replace(self, edits=edits) if edits or self.probes or self.keep else None
+
+    def with_tensors(self) -> SiteProgram:
+        """With every number a 0-d tensor of its own: what is compiled holds for other numbers."""
+        return replace(
+            self, edits={b: [e.with_tensors() for e in listed] for b, listed in self.edits.items()}
+        )
+
     def _partition(self, branch: str, q_spans: Spans) -> list[slice]:
         """Query slices with one edit list each: all, or the spans in token order."""
         named = {e.queries: e.plugin for e in self.edits[branch] if e.queries != "all"}
@@ -143,6 +155,8 @@ class SiteProgram:
                 read = replace(read, k=_put(read.k, keys, gained))
             elif e.op == "bias" or (e.op == "scale" and e.renorm):
                 value = torch.as_tensor(e.value, dtype=whole.q.dtype, device=whole.q.device)
+                if e.queries == "all" and value.dim() > 1 and value.shape[-2] > 1:
+                    value = value[..., at, :]
                 read = replace(
                     read, mask=_add(read, keys, value.log() if e.op == "scale" else value)
                 )
@@ -155,7 +169,8 @@ class SiteProgram:
         """What is to be added up for the queries `at` of a branch: softmaxes, or what is known."""
         edits = self._acting(branch, at, spans[0])
         own, total = self._own(whole, branch, at, spans), whole.k.shape[2]
-        n, v, more = own.q.shape[0], own.v, list[_Read | Tensor]()
+        n, v = own.q.shape[0], own.v
+        more: list[_Read | Tensor] = []
         for e in edits:
             keys = _index(e.keys, spans[1], whole.k)
             if e.op == "scale" and not e.renorm:

@@ -7,18 +7,42 @@ session to close gives torch its function back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils.checkpoint import checkpoint
 
-from inlay_config.errors import SeamMissed
+from inlay_config.errors import ModelError, SeamMissed
 
 from .lowering import SiteProgram
 
-_local = threading.local()  # .running: (seam, site) of this thread, and nothing else
+
+class _Local(threading.local):
+    """running: (site, what was running around it) of this thread, and nothing else."""
+
+    running: tuple[_Site, Any] | None
+
+    def __init__(self) -> None:
+        self.running = None
+
+
+class _Site:
+    """What the hooks of one module hold: code compiled for one block serves its equals, since no
+    name is in it, and a thread that recomputes a checkpoint finds the same program."""
+
+    def __init__(self, name: str, seam: Seam) -> None:
+        self.name, self.seam = name, seam
+        self.program: SiteProgram | None = None
+        self.hit = False
+
+
+_local = _Local()
 _lock = threading.Lock()
 _sessions = 0
 _original: Any = None
@@ -31,29 +55,66 @@ def _dispatch(
     enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Torch's own parameter names, since diffusers calls with keywords."""
-    running: tuple[Seam, str] | None = getattr(_local, "running", None)
-    program = running[0].programs.get(running[1]) if running else None
+    running = _local.running
+    program = running[0].program if running else None
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if running is None or program is None:
         out: Tensor = _original(query, key, value, attn_mask, dropout_p, is_causal, **options)
         return out
-    running[0].hit.add(running[1])
-    watch = running[0].watch
-    call = program if watch is None else watch(running[1], program)
+    site = running[0]
+    site.hit = True
+    watch = None if torch.compiler.is_compiling() else site.seam.watch
+    call = program if watch is None else watch(site.name, program)
     return call(_original, query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 class Seam:
     """Context manager around a run: hooks on `modules` (site -> module), none when there are none.
     programs: what each site computes in the next model call; a site without one runs untouched.
-    watch(site, program): what is called instead, to time it.
+    watch(site, program): what is called instead, to time it. compiled: the model is compiled under
+    these hooks, so numbers are given as tensors.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
-        self.programs, self.hit = dict[str, SiteProgram](), set[str]()
+    def __init__(self, modules: Mapping[str, nn.Module], compiled: bool = False) -> None:
+        self.modules, self.compiled = modules, compiled
         self.watch: Callable[[str, SiteProgram], Callable[..., Tensor]] | None = None
+        self._sites = {name: _Site(name, self) for name in modules}
         self._stack = ExitStack()
+
+    @property
+    def programs(self) -> Mapping[str, SiteProgram]:
+        """Read only; assigning a mapping exchanges all of them."""
+        held = {name: site.program for name, site in self._sites.items()}
+        return MappingProxyType({name: p for name, p in held.items() if p is not None})
+
+    @programs.setter
+    def programs(self, programs: Mapping[str, SiteProgram]) -> None:
+        for name, site in self._sites.items():
+            program, site.hit = programs.get(name), False
+            if isinstance(program, SiteProgram):
+                program = program.with_tensors() if self.compiled else program.reduced()
+            site.program = program
+
+    def checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
+        """torch's checkpoint of `block(*args)`, which recomputes with the programs of now, in
+        whatever thread and however late: `model.enable_gradient_checkpointing(seam.checkpoint)`."""
+        held = [site.program for site in self._sites.values()]
+
+        def again(*args: Any) -> Any:
+            now = self._exchange(held)
+            try:
+                return block(*args)
+            finally:
+                self._exchange(now)
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+    def _exchange(self, programs: Sequence[SiteProgram | None]) -> list[SiteProgram | None]:
+        """Put the programs of all sites in place; returns those that were."""
+        before = [site.program for site in self._sites.values()]
+        for site, program in zip(self._sites.values(), programs, strict=True):
+            site.program = program
+        return before
 
     def __enter__(self) -> Seam:
         if self.modules:
@@ -65,37 +126,47 @@ class Seam:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        while _local.running and _local.running[0].seam is self:  # a forward that raised
+            _local.running = _local.running[1]
 
     def check(self) -> None:
         """After a model call. Raises SeamMissed for a site whose program was not reached in it."""
-        for name in self.programs.keys() - self.hit:
+        missed = [name for name, s in self._sites.items() if s.program is not None and not s.hit]
+        for name in missed:
             processor = type(getattr(self.modules[name], "processor", None)).__name__
             problem = f"its processor {processor} never called scaled_dot_product_attention"
             fix = 'Call model.set_attention_backend("native"), or use AttnProcessor2_0.'
             raise SeamMissed(problem, where=f"site {name}", fix=fix)
-        self.hit.clear()
+        for site in self._sites.values():
+            site.hit = False
 
     def _hook(self, name: str, module: nn.Module) -> None:
         """Mark the site while its forward runs, also when that forward raises; sites may nest."""
-        outer: list[tuple[Seam, str] | None] = []
+        site = self._sites[name]
 
         def enter(*_: Any) -> None:
-            outer.append(getattr(_local, "running", None))
-            _local.running = (self, name)
+            _local.running = (site, _local.running)
 
         def leave(*_: Any) -> None:
-            if outer:
-                _local.running = outer.pop()
+            if _local.running and _local.running[0] is site:
+                _local.running = _local.running[1]
 
         self._stack.callback(module.register_forward_pre_hook(enter).remove)
-        last_in_first_out = module.register_forward_hook(leave, always_call=True, prepend=True)
-        self._stack.callback(last_in_first_out.remove)
+        # dynamo guards on the number of a hook that is always called, another one in every run
+        leaving = {"always_call": not self.compiled, "prepend": True}  # last in, first out
+        self._stack.callback(module.register_forward_hook(leave, **leaving).remove)
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold an attention processor, by path: what a backbone may offer as sites."""
-    named = model.named_modules()
-    return {name: m for name, m in named if hasattr(m, "processor") and hasattr(m, "heads")}
+    """Modules that hold an attention processor, by path: what a backbone may offer as sites.
+    Raises ModelError for a compiled model: its code would not see the hooks of a session."""
+    named = dict(model.named_modules())
+    for module in named.values():
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            problem = f"{type(model).__name__} is compiled already, and would not see its edits"
+            fix = "Give it uncompiled; Session(pipe, plugins, compile=True) compiles it with them."
+            raise ModelError(problem, where="model", fix=fix)
+    return {name: m for name, m in named.items() if hasattr(m, "processor") and hasattr(m, "heads")}
 
 
 def _install() -> None:

@@ -23,6 +23,8 @@ from inlay_config.errors import ConfigError
 MAX_YAML_BYTES = 1 << 20
 TEXT_KEYS = ("prompt.source", "prompt.edit", "prompt.negative", "subject")  # never read as YAML
 
+COMPILE = ("backend", "dynamic", "fullgraph", "mode", "options", "recompile_limit", "regional")
+
 
 @dataclass
 class Prompt:
@@ -87,6 +89,7 @@ class Experiment:
     dtype: str = "float32"
     device: str = "auto"
     offload: str = "none"
+    compile: Any = False  # true, or torch.compile's options, and regional: true for blocks alone
     seed: int = 0
     steps: int = 28
     guidance: Any = 3.5  # one scale, or {lane: scale}
@@ -115,6 +118,7 @@ class Experiment:
             ("size", whole == [True, True] or self.size is None, "a side, [height, width] or null"),
             ("dtype", re.fullmatch("float32|b?float16", self.dtype), "float32, float16, bfloat16"),
             ("device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device), "auto, cpu or cuda"),
+            ("compile", _compiles(self.compile), f"true, false or some of {', '.join(COMPILE)}"),
             ("offload", self.offload in ("none", "model", "sequential"), "none, model, sequential"),
         ):
             if not good:
@@ -124,6 +128,10 @@ class Experiment:
             if set(rule) != {"site", "winner"}:
                 fix = "Write {site: '*', winner: plugin}."
                 raise ConfigError(f"{rule} is no rule", where=f"resolve[{i}]", fix=fix)
+
+
+def _compiles(asked: Any) -> bool:
+    return isinstance(asked, bool) or (isinstance(asked, dict) and asked.keys() <= set(COMPILE))
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Experiment:

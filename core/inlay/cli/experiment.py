@@ -52,6 +52,6 @@ def planned(exp: Experiment) -> tuple[Session, Plan]:
 def _session(exp: Experiment, pipe: Any, tracer: Tracer | None = None) -> Session:
     place: dict[str, Any] = {"dtype": exp.dtype, "device": exp.device, "offload": exp.offload}
     place |= {"revision": exp.revision, "resolve": exp.resolve, "tracer": tracer}
-    place["gradient"] = exp.gradient
+    place |= {"gradient": exp.gradient, "compile": exp.compile}
     place["store"] = Store(**vars(exp.store)) if exp.store.path else None
     return Session(pipe, exp.plugins, exp.scheduler, **place)

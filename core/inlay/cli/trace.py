@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @dataclass
 class Tracer:
     """spent: (what, who) -> [calls, seconds]: an event and a plugin, "site" and its name, "model"
-    and the denoiser's class. Model calls hold the time of their sites. echo: print hook calls."""
+    and the denoiser's class. Model calls hold the time of their sites, which cannot be told apart
+    in a compiled model. echo: print hook calls."""
 
     echo: bool = field(default_factory=lambda: os.environ.get("INLAY_TRACE") == "1")
     spent: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -46,16 +47,16 @@ class Tracer:
             impl.function = self._timed(
                 impl.function, event.removeprefix("inlay_"), impl.plugin_name
             )
-        denoiser = session.backbone.denoiser
-        forward = denoiser.forward
-        denoiser.forward = self._timed(forward, "model", type(denoiser).__name__)
+        backbone: Any = session.backbone
+        name = type(backbone.denoiser).__name__
+        backbone.denoise = self._timed(backbone.denoise, "model", name)
         seam.watch = self._site
         try:
             yield
         finally:
             for (_, impl), function in zip(impls, kept, strict=True):
                 impl.function = function
-            del denoiser.forward
+            del backbone.denoise
             seam.watch = None
 
     def table(self) -> str:

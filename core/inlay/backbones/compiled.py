@@ -1,0 +1,74 @@
+"""torch.compile for the runs of one session: the model is compiled together with its edits.
+
+Dynamo looks at the hooks of a module once, when it compiles it. Code from before a session knows
+nothing of the session's sites, and code from a session is not to be left behind. So the compiled
+call is put in place when a run begins and taken away when it ends, it is shared with nobody, and
+all sites are hooked in every run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from inlay_config.errors import ModelError
+
+from .base import Backbone
+
+DEFAULTS = {"fullgraph": True, "dynamic": False, "recompile_limit": 64}
+
+
+class Compiled:
+    """Context manager around a run. options: `torch.compile`'s own over DEFAULTS; regional: the
+    blocks that hold attention are compiled in place of the whole model, equal ones once.
+
+    Raises ModelError for a model that offload hooks move about, and for what cannot be compiled.
+    """
+
+    def __init__(self, backbone: Backbone, options: bool | Mapping[str, Any]) -> None:
+        given = dict(options) if isinstance(options, Mapping) else {}
+        self.asked = {k: getattr(v, "__name__", v) for k, v in given.items()} or True
+        regional, asked = given.pop("regional", False), DEFAULTS | given
+        if any(hasattr(m, "_hf_hook") for m in backbone.denoiser.modules()):
+            fix = "Use offload=none, or compile=false."
+            raise ModelError(
+                "offload moves the weights of a compiled model", where="compile", fix=fix
+            )
+        self.targets = _blocks(backbone) if regional else [backbone.denoiser]
+        compiler: Any = torch.compile
+        self._call = compiler(_forward, isolate_recompiles=True, **asked)
+
+    def __enter__(self) -> Compiled:
+        for module in self.targets:
+            module._compiled_call_impl = partial(self._run, module)  # as Module.compile() does
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module in self.targets:
+            module._compiled_call_impl = None
+
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._call(module, args, kwargs)
+        except TorchDynamoException as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            problem = f"{type(module).__name__} cannot be compiled: {' '.join(lines[:3])[:300]}"
+            fix = "Use compile=false to see what happens, or compile.fullgraph=false."
+            raise ModelError(problem, where="compile", fix=fix) from error
+
+
+def _forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _blocks(backbone: Backbone) -> list[nn.Module]:
+    """What repeats: the last numbered part in the path of each site, such as
+    "transformer_blocks.0" of "transformer_blocks.0.attn"."""
+    paths = {re.sub(r"(\.\d+)\.\D*$", r"\1", name) for name in backbone.modules}
+    return [backbone.denoiser.get_submodule(path) for path in sorted(paths)]
