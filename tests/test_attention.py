@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 import inlay
 from inlay import SeamMissed
 from inlay.backbones import adapt
-from inlay_attention import Seam, attention_modules
+from inlay_attention import Edit, Rows, Seam, SiteProgram, attention_modules
 from models import conds, flux, stable_diffusion
 from spies import Editor, plugin
 
@@ -281,8 +281,27 @@ def test_the_seam_equals_a_torch_function_mode(pipe):
     assert not torch.allclose(edited, run(pipe), atol=1e-3)
 
 
-@pytest.mark.parametrize("gain", [1.0])
-def test_a_neutral_edit_moves_nothing(pipe, gain):
+def test_a_neutral_edit_moves_nothing(pipe):
     """A gain of one computes the same attention: the program's path itself adds no error."""
-    neutral = Editor(options={"keys": "all", "gain": gain})
+    neutral = Editor(options={"keys": "all", "gain": torch.tensor(1.0)})
     torch.testing.assert_close(run(pipe, {"edit": neutral}), run(pipe), rtol=1e-5, atol=1e-6)
+
+
+def test_a_number_known_to_be_neutral_leaves_the_stock_call(pipe):
+    """Bit for bit: no program takes the place of the model's own attention."""
+    neutral = Editor(options={"keys": "all", "gain": 1.0})
+    assert torch.equal(run(pipe, {"edit": neutral}), run(pipe)) and neutral.seen
+    with Seam(attention_modules(denoiser(pipe))) as seam:
+        seam.programs = {name: gain_of(1.0, name) for name in seam.modules}
+        assert not seam.programs
+        seam.programs = {name: gain_of(1.5, name) for name in seam.modules}
+        assert seam.programs.keys() == seam.modules.keys()
+
+
+def gain_of(gain, site):
+    edit = Edit("gain", "p", "edit/text", value=gain)
+    return SiteProgram(site, Rows.of({"edit/text": 1}), {"edit/text": [edit]}, (), {}, whole, {})
+
+
+def whole(queries, keys):
+    return {}, {}

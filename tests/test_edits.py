@@ -131,6 +131,12 @@ def test_bias_is_added_to_logits(bias, mask):
     assert_exact(Site([("bias", "edit", queries, {"keys": keys, "bias": value})], mask=MASKS[mask]))
 
 
+def test_a_bias_per_query_follows_its_queries_where_another_edit_parts_them():
+    bias = torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(7)).double()
+    gained = ("gain", "edit", "image", {"keys": "text", "gain": 1.3})
+    assert_exact(Site([("bias", "edit", "all", {"keys": "all", "bias": bias}), gained]))
+
+
 @pytest.mark.parametrize("keys", ["all", "text", "image"])
 def test_append_aside_adds_a_second_softmax(keys):
     options = {"from_": "source", "keys": keys, "gain": 0.6, "how": "side"}

@@ -168,7 +168,8 @@ class Edit(Method):
         options, session = self._session
         if session is None or options != exp.plugins:
             pipe = self.pipelines(exp)
-            session = Session(pipe, exp.plugins, exp.scheduler, resolve=exp.resolve)
+            given = {"resolve": exp.resolve, "compile": exp.compile}
+            session = Session(pipe, exp.plugins, exp.scheduler, **given)
             self._session = (exp.plugins, session)
         return session
 

@@ -134,7 +134,7 @@ def _watch(
 
     asked = inspect.BoundArguments(call.signature, given)
     with Seam(modules) as seam:
-        seam.programs = {site: program(site) for site in modules}
+        seam.programs = {site: program(site) for site in modules}  # type: ignore[misc]
         denoiser.forward(*asked.args, **asked.kwargs)
     return seen
 
