@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 import inlay
 from inlay import ConfigError, ModelError
 from inlay_attention import AttnEdits, Key, Probe, Rows, Seam, SiteProgram, attention_modules
-from inlay_config.config import Experiment
+from inlay_config.config import Experiment, Gradient
 from models import conds, flux, stable_diffusion
 from spies import Editor, plugin
 
@@ -248,6 +248,25 @@ def test_gradient_checkpointing_recomputes_with_the_edits_of_its_evaluation():
     expected = gradient(pipe)
     assert expected.abs().max() > 0
     torch.testing.assert_close(gradient(pipe, checkpointing=True), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("compiled", [False, {"backend": "eager"}], ids=["eager", "compiled"])
+def test_a_loss_over_two_calls_sees_the_edits_of_each(checkpoint, compiled):
+    """True CFG on FLUX is two calls, and only one of them is edited; one backward for both."""
+    pipe = tiny_flux()
+
+    def steered(**options):
+        loss = plugin(
+            declare=lambda need: need.grad("edit"),
+            objective=lambda step, lane: step.x0[lane].square().flatten(1).sum(1),
+        )
+        plugins = {"edit": Editor(target="edit/text"), "loss": loss}
+        session = inlay.Session(pipe, plugins, **options)
+        return session.run(conds=conds(), steps=2, true_cfg=3.0).latents["edit"]
+
+    policy = Gradient(checkpoint=checkpoint)
+    torch.testing.assert_close(steered(gradient=policy, compile=compiled), steered())
 
 
 # refusals -------------------------------------------------------------------------------------

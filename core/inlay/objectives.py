@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from inlay_attention import Seam
 from inlay_config.errors import ConfigError, ModelError
 
 from .backbones.variance import variance
@@ -51,7 +52,7 @@ def check(plan: Plan, scheduler: Any, signals: dict[int, float]) -> Plan:
 
 
 @contextmanager
-def light(run: Run) -> Iterator[None]:
+def light(run: Run, seam: Seam) -> Iterator[None]:
     """Gradients go to latents alone: no weight asks for one, and activations may be recomputed."""
     denoiser, policy = run.backbone.denoiser, run.plan.request.gradient
     asking = [p for p in denoiser.parameters() if p.requires_grad] if run.plan.grads else []
@@ -60,7 +61,7 @@ def light(run: Run) -> Iterator[None]:
         for p in asking:
             p.requires_grad_(False)
         if recompute:
-            denoiser.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing(seam.checkpoint)
         yield
     finally:
         for p in asking:

@@ -215,8 +215,8 @@ class Session:
             sites = self.backbone.modules if self.compiled else plan.sites.keys() | run.tape.sites
             modules = {k: m for k, m in self.backbone.modules.items() if k in sites}
             seam = stack.enter_context(Seam(modules, self.compiled is not None))
-            stack.enter_context(objectives.light(run))
-            stack.enter_context(self.compiled or nullcontext())
+            stack.enter_context(objectives.light(run, seam))
+            stack.enter_context(self.compiled.running() if self.compiled else nullcontext())
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
             self.prepare(run, conds or {}, pictures)

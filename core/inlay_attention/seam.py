@@ -107,7 +107,8 @@ class Seam:
             finally:
                 self._exchange(now)
 
-        return checkpoint(again, *args, use_reentrant=False)
+        call = block if torch.compiler.is_compiling() else again  # a graph holds what it needs
+        return checkpoint(call, *args, use_reentrant=False)
 
     def _exchange(self, programs: Sequence[SiteProgram | None]) -> list[SiteProgram | None]:
         """Put the programs of all sites in place; returns those that were."""

@@ -9,12 +9,14 @@ all sites are hooked in every run.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import TorchDynamoException
 
 from inlay_config.errors import ModelError
@@ -25,7 +27,7 @@ DEFAULTS = {"fullgraph": True, "dynamic": False, "recompile_limit": 64}
 
 
 class Compiled:
-    """Context manager around a run. options: `torch.compile`'s own over DEFAULTS; regional: the
+    """The denoiser of a session, compiled. options: `torch.compile`'s own over DEFAULTS; regional: the
     blocks that hold attention are compiled in place of the whole model, equal ones once.
 
     Raises ModelError for a model that offload hooks move about, and for what cannot be compiled.
@@ -44,14 +46,19 @@ class Compiled:
         compiler: Any = torch.compile
         self._call = compiler(_forward, isolate_recompiles=True, **asked)
 
-    def __enter__(self) -> Compiled:
-        for module in self.targets:
-            module._compiled_call_impl = partial(self._run, module)  # as Module.compile() does
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for module in self.targets:
-            module._compiled_call_impl = None
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compiled code is in place; what was there before comes back."""
+        before = [module._compiled_call_impl for module in self.targets]
+        try:
+            for module in self.targets:
+                module._compiled_call_impl = partial(self._run, module)  # as Module.compile() does
+            # a site is marked as it runs, which need not be repeated when a block is recomputed
+            with dynamo_config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+                yield
+        finally:
+            for module, call in zip(self.targets, before, strict=True):
+                module._compiled_call_impl = call
 
     def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
