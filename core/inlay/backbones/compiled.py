@@ -27,8 +27,8 @@ DEFAULTS = {"fullgraph": True, "dynamic": False, "recompile_limit": 64}
 
 
 class Compiled:
-    """The denoiser of a session, compiled. options: `torch.compile`'s own over DEFAULTS; regional: the
-    blocks that hold attention are compiled in place of the whole model, equal ones once.
+    """The denoiser of a session, compiled. options: `torch.compile`'s own over DEFAULTS; regional:
+    the blocks that hold attention are compiled in place of the whole model, equal ones once.
 
     Raises ModelError for a model that offload hooks move about, and for what cannot be compiled.
     """
@@ -75,7 +75,8 @@ def _forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _blocks(backbone: Backbone) -> list[nn.Module]:
-    """What repeats: the last numbered part in the path of each site, such as
-    "transformer_blocks.0" of "transformer_blocks.0.attn"."""
-    paths = {re.sub(r"(\.\d+)\.\D*$", r"\1", name) for name in backbone.modules}
+    """What repeats: a site's path up to its last number, "transformer_blocks.0" of
+    "transformer_blocks.0.attn"."""
+    numbered = {name: re.match(r".*\.\d+(?=\.|$)", name) for name in backbone.modules}
+    paths = {found[0] if found else name for name, found in numbered.items()}
     return [backbone.denoiser.get_submodule(path) for path in sorted(paths)]
