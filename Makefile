@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # sam2's optional CUDA extension is not worth a compiler.
 export SAM2_BUILD_CUDA ?= 0
 
-.PHONY: demo docs test test-goldens test-fetch test-browser bench quality lint clean
+.PHONY: demo docs docs-pictures test test-goldens test-fetch test-browser bench quality lint clean
 
 demo: $(READY)
 	$(BIN)/inlay run demo --out outputs/demo
@@ -27,11 +27,11 @@ test-fetch: $(READY)
 	$(BIN)/python -m pytest -m fetch $(ARGS)
 
 # In the machine's Chromium, or, where there is none, in one that comes in a package of npm.
+test-browser: export BROWSER ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,\
+	$(shell command -v $(name))) .venv/browser/chromium)
 test-browser: $(READY)
-	BROWSER="$$(command -v chromium chromium-browser google-chrome | head -n 1)"; \
-	test -n "$$BROWSER" || { BROWSER=.venv/browser/chromium; \
-		test -x $$BROWSER || $(BIN)/python tests/fetch_browser.py .venv/browser; }; \
-	BROWSER="$$BROWSER" $(BIN)/python -m pytest -m browser tests/test_study_browser.py $(ARGS)
+	test -x $(BROWSER) || $(BIN)/python tests/fetch_browser.py .venv/browser
+	$(BIN)/python -m pytest -m browser tests/test_study_browser.py $(ARGS)
 
 bench: $(READY)
 	rm -rf outputs/bench
@@ -43,6 +43,9 @@ quality: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+docs-pictures: $(READY)
+	$(BIN)/python docs/draw.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

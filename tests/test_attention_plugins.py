@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import inlay
+import pages
 from compositions import Recorder
 from inlay import ConfigError, InputError, PlanConflict
 from inlay_plugins.attention_maps import AttentionMaps
@@ -18,6 +19,10 @@ from spies import plugin
 
 CFG = {"flux": {"guidance": 3.5, "true_cfg": 2.0}, "sd": {"guidance": 3.0}}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+SHOWN = [
+    "reweight", "pag", "mutual_self_attention", "shared_attention", "regional_prompts",
+    "attention_maps",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["flux", "sd"])
@@ -242,6 +247,12 @@ def test_attention_maps_change_nothing_and_are_published(model):
         assert heat.shape[:2] == (1, 1)
         assert (float(heat.min()), float(heat.max())) == (0.0, 1.0)
     assert not torch.equal(result.board["map:dog"], result.board["map:dog at 1"])
+
+
+@pytest.mark.parametrize("plugin", SHOWN)
+def test_the_page_shows_what_the_plugin_draws(plugin):
+    page = pages.read("docs/attention.md")
+    assert f"`{plugin}`: " in page and f"(pictures/attention/{plugin}.png)" in page
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,10 @@ def _columns(
     edits = to_pil(result.images[lanes[-1]])
     for name, heat in result.board.of("map"):
         pairs = zip(to_pil(heat / heat.amax().clamp(min=1e-12)), edits, strict=False)
-        yield f"attention {name}", "over the edit", [_overlay(h, e) for h, e in pairs]
+        yield f"attention {name}", "over the edit", [overlay(h, e) for h, e in pairs]
 
 
-def _overlay(heat: Image.Image, picture: Image.Image) -> Image.Image:
+def overlay(heat: Image.Image, picture: Image.Image) -> Image.Image:
     """A dark-to-bright colouring of the map (L) over the greyed picture."""
     glow = ImageOps.colorize(heat, black="#000004", mid="#bb3754", white="#fcffa4")
     grey = ImageOps.grayscale(picture).convert("RGB")

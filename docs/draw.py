@@ -1,0 +1,99 @@
+"""`make docs-pictures`: what each attention plugin does, as rows of small pictures.
+
+The experiments that ship, drawn with and without their plugin or with other options of it; the same
+on every machine up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from inlay.cli.experiment import execute
+from inlay.cli.run import hush_loading_bars
+from inlay.cli.sheet import overlay
+from inlay.events import Result
+from inlay_config import config
+from inlay_config.images import save, to_pil
+
+FOLDER = Path(__file__).parent / "pictures" / "attention"
+SIDE, GAP, HEAD, TEXT = 128, 6, 20, 12  # pixels; a toybox picture has 64
+Panel = tuple[str, Image.Image]
+
+
+def drawn(name: str, *overrides: str, plugin: bool = True) -> Result:
+    """The experiment of that name, or what it draws without the plugin of that name."""
+    experiment = config.load(name, overrides)
+    if not plugin:
+        del experiment.plugins[name]
+    return execute(experiment)
+
+
+def edit(result: Result) -> Image.Image:
+    return to_pil(result.images["edit"])[0]
+
+
+def reweight() -> list[Panel]:
+    """One word, from as it is to pushed away from; and several at once."""
+    told = [{"red": 1}, {"red": 0}, {"red": -2}, {"red": 1, "cow": 0}, {"red": -2, "cow": 0}]
+    return [
+        (
+            ", ".join(f"{word} x {weight}" for word, weight in words.items()),
+            edit(drawn("reweight", *(f"plugins.reweight.words.{k}={w}" for k, w in words.items()))),
+        )
+        for words in told
+    ]
+
+
+def pag() -> list[Panel]:
+    scales = {s: f"plugins.pag.scale={s}" for s in (0.0, 1.5, 3.0)}
+    return [(f"scale {s:g}", edit(drawn("pag", said))) for s, said in scales.items()]
+
+
+def mutual_self_attention() -> list[Panel]:
+    made = drawn("mutual_self_attention")
+    plain = drawn("mutual_self_attention", plugin=False)
+    panels = [("source", to_pil(made.images["source"])[0])]
+    return [*panels, ("edit without", edit(plain)), ("edit with", edit(made))]
+
+
+def shared_attention() -> list[Panel]:
+    made, plain = drawn("shared_attention"), drawn("shared_attention", plugin=False)
+    panels = [("reference", to_pil(made.images["reference"])[0])]
+    panels += [("without", picture) for picture in to_pil(plain.images["edit"])[:3]]
+    return panels + [("with", picture) for picture in to_pil(made.images["edit"])[:3]]
+
+
+def regional_prompts() -> list[Panel]:
+    made, plain = drawn("regional_prompts"), drawn("regional_prompts", plugin=False)
+    return [("without", edit(plain)), ("cow left, house right", edit(made))]
+
+
+def attention_maps() -> list[Panel]:
+    made = drawn("attention_maps")
+    maps = [(title, to_pil(heat)[0]) for title, heat in made.board.of("map")]
+    return [("edit", edit(made)), *((title, overlay(heat, edit(made))) for title, heat in maps)]
+
+
+FIGURES: tuple[Callable[[], list[Panel]], ...] = (
+    reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
+)  # fmt: skip
+
+
+def row(panels: list[Panel]) -> Image.Image:
+    """Panels side by side, their titles above; toybox pixels stay squares."""
+    sheet = Image.new("RGB", (len(panels) * (SIDE + GAP) - GAP, HEAD + SIDE), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
+    for i, (title, picture) in enumerate(panels):
+        left = i * (SIDE + GAP)
+        pen.text((left, 2), title, fill="#222222", font=font)
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, HEAD))
+    return sheet
+
+
+if __name__ == "__main__":
+    hush_loading_bars()
+    for figure in FIGURES:
+        save(row(figure()), FOLDER / f"{figure.__name__}.png")
