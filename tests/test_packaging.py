@@ -56,6 +56,7 @@ def test_the_wheel_holds_data_and_licences(site: Path) -> None:
     assert "inlay-toybox = inlay_toybox.cli:main" in scripts
     assert "eval = inlay_bench.cli:evaluate" in scripts
     assert (site / "inlay_bench" / "tasks" / "toybox-affordance.yaml").is_file()
+    assert (site / "inlay_bench" / "study" / "page.html").is_file()
     packages = {p.name for p in site.iterdir() if p.is_dir()} - {info.name}
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     assert packages == {Path(name).name for name in listed["targets"]["wheel"]["packages"]}

@@ -407,6 +407,7 @@ def test_the_commands_make_a_page_and_score_its_votes(
         ("nothing", "is no file of votes"),
         ("torn", "cannot be read as JSON"),
         ("twice", "the same voter as in ada.json"),
+        ("again", "question q0001 is answered twice"),
         ("empty", "there are no votes"),
         ("no key", "0 keys lie beside the votes"),
         ("wrong key", "is no key of a study"),
@@ -429,6 +430,8 @@ def test_votes_that_do_not_fit_are_named(
         file["votes"][0]["question"] = "q9999"
     elif change == "answer":
         file["votes"] = [{"question": "q0001", "answer": "p9999"}]
+    elif change == "again":
+        file["votes"].append(file["votes"][0])
     elif change == "nothing":
         file = {"what": "else"}
     elif change == "empty":

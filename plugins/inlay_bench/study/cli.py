@@ -68,7 +68,8 @@ def study(
         typer.echo(
             f"{len(material.left_out)} items are left out: not every method has them", err=True
         )
-    typer.echo(f"{path}\n{key} (keep it from voters)")
+    size = path.stat().st_size / 1e6
+    typer.echo(f"{path} ({size:.1f} MB)\n{key} (keep it from voters)")
 
 
 def score(

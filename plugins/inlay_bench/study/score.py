@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -77,7 +78,7 @@ class Score:
 
 def read(paths: Sequence[Path], key_path: Path) -> tuple[dict[str, Any], list[Vote]]:
     """The key, and all votes. Raises InputError for what is no key, no votes, votes on another
-    page, an answer that was not offered, and a voter who comes twice."""
+    page, an answer that was not offered, a question or a voter that comes twice."""
     key = _load(key_path)
     if key.get("inlay_study_key") != FORMAT:
         fix = "It is the file beside the page, PAGE.key.json."
@@ -97,6 +98,7 @@ def read(paths: Sequence[Path], key_path: Path) -> tuple[dict[str, Any], list[Vo
             problem = f"the same voter as in {seen[voter].name}"
             raise InputError(problem, where=str(path), fix=fix)
         seen[voter] = path
+        _once(file["votes"], path)
         votes += [_vote(voter, vote, key, path) for vote in file["votes"]]
     if not votes:
         raise InputError("there are no votes", where=", ".join(map(str, paths)))
@@ -220,7 +222,7 @@ def _vote(voter: str, vote: Any, key: Mapping[str, Any], path: Path) -> Vote:
     offered = {
         "2afc": answer == "tie" or answer in shown,
         "rank": isinstance(answer, list) and sorted(map(str, answer)) == sorted(shown),
-        "likert": isinstance(answer, int) and 1 <= answer <= POINTS,
+        "likert": type(answer) is int and 1 <= answer <= POINTS,
     }
     if not offered[design]:
         problem = f"question {name} cannot be answered with {json.dumps(answer)}"
@@ -230,6 +232,13 @@ def _vote(voter: str, vote: Any, key: Mapping[str, Any], path: Path) -> Vote:
     elif design == "rank":
         answer = tuple(whose[picture] for picture in answer)
     return Vote(voter, key["questions"][name], tuple(whose[p] for p in shown), answer)
+
+
+def _once(votes: Sequence[Any], path: Path) -> None:
+    """Raise InputError for a question that is answered twice."""
+    asked = Counter(vote.get("question") for vote in votes if isinstance(vote, dict))
+    if twice := [name for name, count in asked.items() if count > 1]:
+        raise InputError(f"question {twice[0]} is answered twice", where=str(path))
 
 
 def _load(path: Path) -> dict[str, Any]:
