@@ -15,6 +15,7 @@ from inlay_config.config import Gradient
 from inlay_config.errors import ConfigError, PlanConflict
 
 from .events import AttnSite, Branch, Lane, Plugin, Window
+from .frames import Frame
 from .kv import stored
 from .objectives import DeclaredGrad
 
@@ -27,7 +28,8 @@ Active = Window | Iterable[int] | None
 @dataclass(frozen=True)
 class Request:
     """What was asked for. size, grid: (height, width) px and tokens; inputs: board keys given;
-    resolve: who wins where two edits clash; replays: a store answers for all lanes but the edit."""
+    resolve: who wins where two edits clash; replays: a store answers for all lanes but the edit;
+    levels(): (step, Frame) of every evaluation, tabulated when asked."""
 
     prompt: Mapping[str, str]
     steps: int
@@ -42,17 +44,20 @@ class Request:
     resolve: tuple[Mapping[str, str], ...] = ()
     replays: bool = False
     gradient: Gradient = field(default_factory=Gradient)
+    levels: Callable[[], list[tuple[int, Frame]]] = list
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """One run of the loop. groups: branches per model call; scheduler: builds its own solver."""
+    """One run of the loop. groups: branches per model call; scheduler: builds its own solver, of so
+    many `evaluations` in all (0: one per step)."""
 
     name: str
     lanes: tuple[Lane, ...]
     branches: tuple[Branch, ...]
     groups: tuple[tuple[str, ...], ...]
     scheduler: Callable[[Any], Any] | None = None
+    evaluations: int = 0
 
     def rows(self, step: int) -> int:
         """Rows of the model batch in a step."""
@@ -90,8 +95,10 @@ class Plan:
 
     @property
     def evaluations(self) -> dict[str, int]:
-        """Forward units (one row in one step) per pass."""
-        return {p.name: sum(map(p.rows, range(self.request.steps))) for p in self.passes}
+        """Forward units (one row in one evaluation) per pass."""
+        steps = self.request.steps
+        units = {p: sum(map(p.rows, range(steps))) for p in self.passes}
+        return {p.name: n * (p.evaluations or steps) // steps for p, n in units.items()}
 
     @property
     def digest(self) -> str:
@@ -131,9 +138,12 @@ class Needs:
             raise ConfigError(problem, where=f"plugins.{self.owner}", fix=fix)
         return found
 
-    def pass_(self, name: str, scheduler: Callable[[Any], Any] | None = None) -> None:
-        """A pass before the edit; `scheduler` makes its solver of the session's (inversion)."""
-        self._draft.merge("pass", name, {"scheduler": scheduler}, self.owner)
+    def pass_(
+        self, name: str, scheduler: Callable[[Any], Any] | None = None, evaluations: int = 0
+    ) -> None:
+        """A pass before the edit. scheduler: makes its solver, of the session's (see PassPlan)."""
+        fields = {"scheduler": scheduler, "evaluations": evaluations}
+        self._draft.merge("pass", name, fields, self.owner)
 
     def lane(self, name: str, pass_: str = "edit", active: Active = None, **fields: Any) -> None:
         """A trajectory (fields: see Lane). active: steps in which its rows must be evaluated."""
@@ -297,8 +307,8 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
                 roles.append((role, cond, tuple(sorted(steps & called))))
         kept = request.replays and stored(name, lane)
         branches += [Branch(f"{lane}/{r}", lane, r, c, ln.n, here, kept) for r, c, here in roles]
-    solver = draft.fields.get(("pass", name), {}).get("scheduler")
-    return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), solver)
+    solver = draft.fields.get(("pass", name), {})
+    return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), **solver)
 
 
 def by_place(edits: Iterable[DeclaredEdit]) -> dict[tuple[str, str, int], set[Key]]:

@@ -157,6 +157,7 @@ class Session:
             skip_dead_rows=self.skip_dead_rows,
             resolve=tuple(asked.resolve),
             gradient=asked.gradient,
+            levels=lambda: schedulers.levels(self.scheduler, self.backbone, asked.steps, size),
             replays=bool(self.store and self.store.facts),
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
@@ -165,12 +166,7 @@ class Session:
         order = {e[6:]: tuple(i.plugin_name for i in listed) for e, listed in ours.items()}
         plan = make_plan(self.plugins, self.hook_of, order, request, self.backbone)
         if plan.grads:
-            base = copy.deepcopy(self.scheduler)
-            self.backbone.set_timesteps(base, asked.steps, None, size)
-            frames = zip(
-                schedulers.steps_of(base, asked.steps), schedulers.tabulate(base), strict=False
-            )
-            signals = {step: float(frame.signal) for step, frame in frames}
+            signals = {step: float(frame.signal) for step, frame in request.levels()}
             plan = objectives.check(plan, self.scheduler, signals)
         if self.store:
             plan.memory["store"] = Tape(self.store, plan, self.backbone).size

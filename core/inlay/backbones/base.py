@@ -116,7 +116,8 @@ class Backbone(Geometry):
         """Where tensors go: the denoiser's device, or the one an offload hook moves it to."""
         hook = getattr(self.denoiser, "_hf_hook", None)
         away = getattr(hook, "execution_device", None)
-        return next(self.denoiser.parameters()).device if away is None else torch.device(away)
+        here = next(self.denoiser.parameters()).device if away is None else torch.device(away)
+        return torch.device("cpu") if here.type == "meta" else here  # a plan still has noise levels
 
     @property
     def dtype(self) -> torch.dtype:

@@ -131,6 +131,16 @@ def _draws_noise(scheduler: type) -> bool:
     return "generator" in inspect.signature(getattr(scheduler, "step")).parameters  # noqa: B009
 
 
+def levels(
+    scheduler: Any, backbone: Backbone, steps: int, size: tuple[int, int]
+) -> list[tuple[int, Frame]]:
+    """(the user's step, Frame) of every evaluation of a run at this size. Raises ModelError, as
+    `tabulate` does."""
+    base = copy.deepcopy(scheduler)
+    backbone.set_timesteps(base, steps, None, size)
+    return list(zip(steps_of(base, steps), tabulate(base), strict=False))
+
+
 def frames(scheduler: Any, device: torch.device) -> Callable[[int], Frame]:
     """Frame of an evaluation; tabulated when first asked, so nobody pays who does not ask."""
     table: list[Frame] = []
