@@ -12,7 +12,9 @@ import inlay
 import pages
 from folders import save_flux
 from models import conds, flux, stable_diffusion
+from spies import plugin
 
+PACKAGE = "inlay-dynamic-threshold"
 PAGE = pages.read("docs/write-a-plugin.md")
 FIRST, SESSION, FULL, TEST = pages.blocks(PAGE, "python")
 (PROJECT,) = pages.blocks(PAGE, "toml")
@@ -61,26 +63,79 @@ def test_the_documented_test_passes(pipe, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "spotlight")
 
 
+def install(project, site):
+    """pip builds a project and installs it into a folder, without network."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*pip, "--target", str(site), str(project)], check=True)
+
+
+def cli(site, work, *arguments):
+    """The command line in an empty folder, with what is installed in `site` -> stdout."""
+    environment = os.environ | {"PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "from inlay.cli.main import main; main()", *arguments]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_package_installs_and_runs(tmp_path):
     """pip builds the two files; the command line then lists, plans and runs the plugin by name."""
     project, site, work = tmp_path / "project", tmp_path / "site", tmp_path / "work"
     project.mkdir(), work.mkdir()
     (project / "pyproject.toml").write_text(PROJECT)
     (project / "spotlight.py").write_text(FULL)
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet"]
-    subprocess.run([*pip, "--target", str(site), str(project)], check=True)
+    install(project, site)
     model = save_flux(tmp_path / "model")
     (work / "spotlight.yaml").write_text(EXPERIMENT.replace("toybox/flux", str(model)))
-
-    def cli(*arguments):
-        environment = os.environ | {"PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-c", "from inlay.cli.main import main; main()", *arguments]
-        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert json.loads(cli("plugins", "--json"))["spotlight"]["source"] == "inlay-spotlight"
-    cli("run", "spotlight.yaml", "steps=3", "--out", "made")
+    assert json.loads(cli(site, work, "plugins", "--json"))["spotlight"]["source"] == (
+        "inlay-spotlight"
+    )
+    cli(site, work, "run", "spotlight.yaml", "steps=3", "--out", "made")
     manifest = json.loads((work / "made" / "manifest.json").read_text())
     assert manifest["experiment"]["plugins"] == {"spotlight": {"word": "dog", "weight": 1.5}}
     assert list((work / "made" / "images").glob("edit.png"))
+
+
+# a third party's package, as it would be published ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """tests/fixtures/inlay-dynamic-threshold, installed; the source tree is left as it was."""
+    folder, project = tmp_path_factory.mktemp("site"), pages.ROOT / "tests/fixtures" / PACKAGE
+    before = sorted(project.rglob("*"))
+    install(project, folder)
+    assert sorted(project.rglob("*")) == before
+    return folder
+
+
+def test_an_installed_package_is_listed_and_its_experiment_runs(site, tmp_path):
+    listed = json.loads(cli(site, tmp_path, "plugins", "--json"))
+    assert listed["dynamic_threshold"]["source"] == PACKAGE
+    experiment = site / "inlay_dynamic_threshold" / "dynamic_threshold.yaml"
+    model = save_flux(tmp_path / "model")
+    cli(site, tmp_path, "run", str(experiment), f"model={model}", "steps=2", "--out", "made")
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    assert manifest["experiment"]["plugins"] == {
+        "dynamic_threshold": {"percentile": 0.99, "limit": 2.0}
+    }
+
+
+def test_an_installed_plugin_composes_with_ours_by_name(site, pipe, monkeypatch):
+    """Its estimates stay within its limit, whatever ours do, and ours act as well."""
+    monkeypatch.syspath_prepend(str(site))
+    seen = []
+    spy = plugin(denoised=lambda step: seen.append(float(step.x0["edit"].abs().max())))
+    ours, theirs = {"reweight": {"words": {"dog": 3.0}}}, {"dynamic_threshold": {"limit": 0.5}}
+
+    def run(plugins):
+        seen.clear()
+        session = inlay.Session(pipe, {**plugins, "spy": spy})
+        return session.run(conds=given(pipe), steps=3).latents["edit"], max(seen)
+
+    _, large = run(ours)
+    both, small = run(ours | theirs)
+    assert large > 0.5 and small <= 0.5 + 1e-6
+    assert not torch.allclose(both, run(theirs)[0], atol=1e-4)
+    with pytest.raises(inlay.ConfigError, match=r"plugins\.dynamic_threshold: .* is no threshold"):
+        run({"dynamic_threshold": {"percentile": 0.0}})
