@@ -25,6 +25,10 @@ class Frame:
         """Share of the picture in x, 0..1: alpha of the same mixture at unit variance."""
         return self.alpha / (self.alpha**2 + self.sigma**2).sqrt()
 
+    def shown(self, x: Tensor) -> Tensor:
+        """x as the model sees it: at unit variance where sigma is unbounded."""
+        return x / (self.sigma**2 + 1).sqrt() if self.space == "ve" else x
+
     def x0(self, pred: Tensor, x: Tensor) -> Tensor:
         """Clean estimate; channels beyond those of x (a learned variance) are not looked at. With
         eps it is unbounded at alpha = 0."""

@@ -7,18 +7,18 @@ Equal facts and equal latents are demanded: a store never answers for another so
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from inlay_attention import Held, SiteProgram, Store, lane_of
-from inlay_config.errors import ConfigError, InputError, PlanConflict
+from inlay_attention.store import ANEW
+from inlay_config.errors import InputError, PlanConflict
 
+from .backbones import fingerprint
 from .events import Branch, Step, Window
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .plan import PassPlan, Plan
     from .session import Run
 
-ANEW = "Record anew: give another path, or delete this one."
 Place = tuple[str, str, str, int]  # pass, branch, site, step
 
 
@@ -76,23 +75,14 @@ class Tape:
         sites = {site.name: site for site in backbone.sites}
         self.taken = {} if store is None else taken(store, plan, sites)
         self.sites = {site for _, _, site, _ in self.taken}
-        self.facts, self.fresh = dict[str, str](), dict[str, Tensor]()
-        self.size = self.recorded = 0
+        self.size = 0
         for (_, branch, name, _), parts in self.taken.items() if self.records else ():
             rows = next(b.n for p in plan.passes for b in p.branches if b.name == branch)
             n, m = backbone.lengths(sites[name], plan.request.size)
             tokens = rows * sum(n if part == "q" else m for part in parts)
             item = getattr(torch, self.store.dtype or "", backbone.dtype).itemsize
             self.size += tokens * sites[name].heads * sites[name].dim * item
-        self._afford(self.size)
-
-    def open(self, facts: Mapping[str, str]) -> None:
-        """Raises InputError where this run differs from the recorded one."""
-        self.facts = dict(facts)
-        for name, known in self.store.facts.items():
-            if known != facts.get(name):
-                problem = f"recorded with {name} {known}, this run has {facts.get(name, 'none')}"
-                raise InputError(problem, where="store", fix=ANEW)
+        self.store.afford(self.size)
 
     def recall(self, step: Step, branch: Branch) -> bool:
         """Whether a branch is replayed; then its prediction and what probes read of it are there.
@@ -100,14 +90,14 @@ class Tape:
         if not (self.replays and stored(step.pass_, branch.lane)):
             return False
         x = step.x[branch.lane]
-        if not torch.equal(self._get(step, branch.lane, "x").to(x), x):
+        if not torch.equal(self.store.get(_key(step, branch.lane, "x")).to(x), x):
             problem = f"lane {branch.lane} is not where it was when it was recorded"
             fix = f"Its picture, its noise or a plugin that writes it differs. {ANEW}"
             raise InputError(problem, where=f"store, {step.pass_} step {step.index}", fix=fix)
-        step.preds[branch.name] = self._get(step, branch.name, "pred").to(x)
+        step.preds[branch.name] = self.store.get(_key(step, branch.name, "pred")).to(x)
         for p in (p for p in self.plan.probes if p.branch == branch.name):
             for site in p.sites if step.last_eval and step.index in p.steps else ():
-                read = self._get(step, branch.name, p.name, site)
+                read = self.store.get(_key(step, branch.name, p.name, site))
                 step.probes.setdefault(p.name, {})[site] = read.to(x)
         return True
 
@@ -121,7 +111,10 @@ class Tape:
         held, place = {}, (self.backbone.device, self.backbone.dtype)
         for b in (b for p in self.plan.passes for b in p.branches if self.replays):
             if parts := self.taken.get((step.pass_, b.name, site, step.index)):
-                known = {part: self._get(step, b.name, part, site).to(*place) for part in parts}
+                known = {
+                    part: self.store.get(_key(step, b.name, part, site)).to(*place)
+                    for part in parts
+                }
                 mask = self.store.tensors.get(_key(step, b.name, "mask", site))
                 held[b.name] = Held(**known, mask=None if mask is None else mask.to(*place))
         return held
@@ -131,57 +124,34 @@ class Tape:
     ) -> None:
         """After a model call. Raises InputError when the budget is spent."""
         for b in (b for b in branches if self.records and stored(step.pass_, b.lane)):
-            self._put(_key(step, b.lane, "x"), step.x[b.lane])
-            self._put(_key(step, b.name, "pred"), step.preds[b.name])
+            self.store.put(_key(step, b.lane, "x"), step.x[b.lane])
+            self.store.put(_key(step, b.name, "pred"), step.preds[b.name])
             for p in (p for p in self.plan.probes if p.branch == b.name):
                 for site, read in step.probes.get(p.name, {}).items():
-                    self._put(_key(step, b.name, p.name, site), read)
+                    self.store.put(_key(step, b.name, p.name, site), read)
         for site, program in programs.items():
             for branch, held in program.held.items():
                 for part, tensor in held._asdict().items():
                     if tensor is not None:
-                        self._put(_key(step, branch, part, site), tensor, part != "mask")
+                        self.store.put(_key(step, branch, part, site), tensor, part != "mask")
 
     def close(self) -> None:
         """The run is complete: what it recorded becomes the store."""
         if self.records:
-            self.store.fill(self.facts, self.fresh)
-
-    def _get(self, step: Step, who: str, what: str, site: str = "") -> Tensor:
-        if (key := _key(step, who, what, site)) not in self.store.tensors:
-            raise InputError(f"it holds no {key}", where="store", fix=ANEW)
-        return self.store.tensors[key]
-
-    def _put(self, key: str, tensor: Tensor, cast: bool = False) -> None:
-        self.fresh[key] = self.store.waiting(tensor, cast)
-        self.recorded += self.fresh[key].nbytes
-        self._afford(self.recorded)
-
-    def _afford(self, size: int) -> None:
-        if self.records and size > self.store.limit:
-            problem = f"{size:,} bytes are more than the budget of {self.store.limit:,}"
-            fix = "Raise it, set store.dtype: bfloat16, or let edits act at fewer sites and steps."
-            raise ConfigError(problem, where="store.budget", fix=fix)
+            self.store.close()
 
 
 def facts(run: Run, scheduler: Any) -> dict[str, str]:
     """What a recording depends on besides its latents: name -> a short description."""
-    r = run.plan.request
+    r, model = run.plan.request, fingerprint.model(run.backbone.denoiser)
     known = {"size": f"{r.size[1]}x{r.size[0]}", "steps": str(r.steps), "dtype": str(run.dtype)}
-    weights = [p.detach().flatten()[:8] for p in run.backbone.denoiser.parameters()]
-    known["model"] = f"{run.backbone.name} {_digest(torch.cat(weights))}"
-    settings = repr(sorted((k, str(v)) for k, v in scheduler.config.items())).encode()
-    known["scheduler"] = f"{type(scheduler).__name__} {hashlib.sha256(settings).hexdigest()[:12]}"
+    known |= {"model": model, "scheduler": fingerprint.scheduler(scheduler)}
     edits = [e for e in run.plan.edits if stored(e.pass_, lane_of(e.lane))]
     known["edits"] = ", ".join(sorted(f"{e.plugin}: {e.kind} on {e.lane}" for e in edits)) or "none"
     for p in run.plan.passes:
         for b in (b for b in p.branches if stored(p.name, b.lane)):
-            known[f"prompt of {p.name}/{b.name}"] = _digest(run.conds[b.name].embeds)
+            known[f"prompt of {p.name}/{b.name}"] = fingerprint.digest(run.conds[b.name].embeds)
     return known
-
-
-def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def _key(step: Step, who: str, what: str, site: str = "") -> str:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from inlay_attention import AttnEdits, Rows, Seam, SiteProgram, cat
+from inlay_attention import AttnEdits, Rows, SiteProgram, cat, lane_of
+from inlay_config.errors import PluginError
 
 from . import objectives
 from .backbones import schedulers
-from .events import Step
+from .events import Cond, Step
 
 if TYPE_CHECKING:
     from .plan import PassPlan
     from .session import Run
 
 
-def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
+def run_pass(run: Run, pass_: PassPlan) -> dict[str, Tensor]:
     """Solve every lane of a pass; returns the final latent of each lane that reached the end."""
     hook, backbone, request = run.hook, run.backbone, run.plan.request
     base = run.schedule(pass_)
@@ -44,9 +46,9 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
         losses = objectives.start(run, step)
         with torch.set_grad_enabled(any(g.through == "model" for g in losses)):
             scaled = {name: schedulers.scale_input(solvers[name], x[name], t) for name in alive}
-            predict(run, pass_, step, seam, scaled)
+            predict(run, pass_, step, scaled)
         shifts = objectives.guide(run, step, losses) if losses else {}
-        seam.programs = {}  # another run inside a hook is not edited
+        run.seam.programs = {}  # another run inside a hook is not edited
         hook.inlay_denoised(run=run, step=step)
         for name in alive:
             output = step.output[name]
@@ -63,36 +65,71 @@ def run_pass(run: Run, pass_: PassPlan, seam: Seam) -> dict[str, Tensor]:
     return {ln.name: x[ln.name] for ln in pass_.lanes if request.steps - 1 in ln.steps}
 
 
-def predict(run: Run, pass_: PassPlan, step: Step, seam: Seam, scaled: dict[str, Tensor]) -> None:
+def predict(run: Run, pass_: PassPlan, step: Step, scaled: dict[str, Tensor]) -> None:
     """The model calls of one evaluation: step.preds of every branch, step.output of every lane.
     scaled: what the model is shown of each lane."""
-    hook, backbone, size = run.hook, run.backbone, run.plan.request.size
-    alive, x = {ln.name: ln for ln in pass_.lanes if ln.name in step.lanes}, scaled
     edits = collect_edits(run, pass_, step)
     for group in pass_.groups:
         here = [b for b in pass_.branches if b.name in group and step.index in b.steps]
         branches = [b for b in here if not run.tape.recall(step, b)]
         if not branches:
             continue
-        rows = Rows.of({b.name: x[b.lane].shape[0] for b in branches})
-        kwargs = backbone.inputs(
-            sample=cat([x[b.lane] for b in branches]),
-            t=step.t,
-            conds=[(run.conds[b.name], x[b.lane].shape[0]) for b in branches],
-            guidance=[(alive[b.lane].guidance, x[b.lane].shape[0]) for b in branches],
-            size=size,
-        )
-        hook.inlay_inputs(run=run, step=step, rows=rows, kwargs=kwargs)
-        seam.programs = site_programs(run, step, rows, edits)
-        output = backbone.denoise(kwargs, branches[0].role)
-        seam.check()
-        step.preds.update({b.name: output[rows[b.name]] for b in branches})
-        run.tape.record(step, branches, seam.programs)
-    for name, lane in alive.items():
-        weight = backbone.cfg_scale(lane.guidance, lane.true_cfg)
-        text, null = step.preds[f"{name}/text"], step.preds.get(f"{name}/null")
-        preds = {"lane": name, "text": text, "null": null, "scale": weight}
-        step.output[name] = hook.inlay_combine(run=run, step=step, **preds)
+        rows = Rows.of({b.name: scaled[b.lane].shape[0] for b in branches})
+        programs = site_programs(run, step, rows, edits)
+        shown = {b.name: scaled[b.lane] for b in branches}
+        step.preds.update(call(run, step, rows, shown, run.conds, programs))
+        run.tape.record(step, branches, programs)
+    for lane in (ln for ln in pass_.lanes if ln.name in step.lanes):
+        weight = run.backbone.cfg_scale(lane.guidance, lane.true_cfg)
+        text, null = step.preds[f"{lane.name}/text"], step.preds.get(f"{lane.name}/null")
+        preds = {"lane": lane.name, "text": text, "null": null, "scale": weight}
+        step.output[lane.name] = run.hook.inlay_combine(run=run, step=step, **preds)
+
+
+def call(
+    run: Run, step: Step, rows: Rows, shown: Mapping[str, Tensor], conds: Mapping[str, Cond],
+    programs: Mapping[str, Any],
+) -> dict[str, Tensor]:  # fmt: skip
+    """One model call: predictions by branch of what the model is shown of each."""
+    lanes = {(p.name, ln.name): ln for p in run.plan.passes for ln in p.lanes}
+    guidance = [lanes[step.pass_, lane_of(b)].guidance for b in rows]
+    counts = [rows[b].stop - rows[b].start for b in rows]
+    kwargs = run.backbone.inputs(
+        sample=cat([shown[b] for b in rows]),
+        t=step.t,
+        conds=list(zip([conds[b] for b in rows], counts, strict=True)),
+        guidance=list(zip(guidance, counts, strict=True)),
+        size=run.size,
+    )
+    run.hook.inlay_inputs(run=run, step=step, rows=rows, kwargs=kwargs)
+    run.seam.programs = dict(programs)
+    output = run.backbone.denoise(kwargs, next(iter(rows)).split("/")[1])
+    run.seam.check()
+    return {b: output[rows[b]] for b in rows}
+
+
+def evaluate(
+    run: Run, step: Step, x: Mapping[str, Tensor], conds: Mapping[str, Cond] | None = None,
+    programs: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Predictions of branches at other latents or under other conditions than the step's own.
+
+    x: by branch, `n …`. programs[site]: what is called in place of SDPA there, (sdpa, q, k, v, …);
+    edits of plugins do not act. In the graph where the caller has enabled gradients. Raises
+    PluginError beyond what the run's plugins declared by need.evaluations.
+    """
+    shown = {b: step.frame.shown(latent) for b, latent in x.items()}
+    run.evaluated += sum(latent.shape[0] for latent in x.values())
+    if run.evaluated > sum(run.plan.on_request.values()):
+        problem = f"{run.evaluated} rows were asked for, declared: {run.plan.on_request}"
+        raise PluginError(problem, where="run.evaluate", fix="Declare more by need.evaluations.")
+    kept, found = dict(run.seam.programs), dict[str, Tensor]()
+    groups = next(p.groups for p in run.plan.passes if p.name == step.pass_)
+    for rows in (Rows.of({b: len(x[b]) for b in group if b in x}) for group in groups):
+        if rows:
+            found |= call(run, step, rows, shown, {**run.conds, **(conds or {})}, programs or {})
+    run.seam.programs = kept
+    return found
 
 
 def collect_edits(run: Run, pass_: PassPlan, step: Step) -> dict[str, AttnEdits]:

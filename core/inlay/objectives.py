@@ -7,15 +7,12 @@ moves the next latent by -Σ·g, Σ the solver's variance (Dhariwal & Nichol 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from inlay_attention import Seam
 from inlay_config.errors import ConfigError, ModelError
 
 from .backbones.variance import variance
@@ -49,25 +46,6 @@ def check(plan: Plan, scheduler: Any, signals: dict[int, float]) -> Plan:
         raise ConfigError(problem, where="gradient.apply", fix=fix)
     late = {step for step, signal in signals.items() if signal >= policy.alpha_min}
     return replace(plan, grads=tuple(replace(g, steps=g.steps & late) for g in plan.grads))
-
-
-@contextmanager
-def light(run: Run, seam: Seam) -> Iterator[None]:
-    """Gradients go to latents alone: no weight asks for one, and activations may be recomputed."""
-    denoiser, policy = run.backbone.denoiser, run.plan.request.gradient
-    asking = [p for p in denoiser.parameters() if p.requires_grad] if run.plan.grads else []
-    recompute = bool(asking) and policy.checkpoint and not denoiser.is_gradient_checkpointing
-    try:
-        for p in asking:
-            p.requires_grad_(False)
-        if recompute:
-            denoiser.enable_gradient_checkpointing(seam.checkpoint)
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
-        if recompute:
-            denoiser.disable_gradient_checkpointing()
 
 
 def start(run: Run, step: Step) -> list[DeclaredGrad]:

@@ -78,6 +78,7 @@ class Plan:
     dropped: tuple[DeclaredEdit, ...]
     probes: tuple[Probe, ...]
     grads: tuple[DeclaredGrad, ...]
+    on_request: dict[str, int]
     words: dict[str, tuple[str, str | tuple[int, ...]]]
     publishes: dict[str, str]
     events: dict[str, tuple[str, ...]]
@@ -95,10 +96,11 @@ class Plan:
 
     @property
     def evaluations(self) -> dict[str, int]:
-        """Forward units (one row in one evaluation) per pass."""
+        """Forward units (one row in one evaluation) per pass, and what plugins may ask for."""
         steps = self.request.steps
         units = {p: sum(map(p.rows, range(steps))) for p in self.passes}
-        return {p.name: n * (p.evaluations or steps) // steps for p, n in units.items()}
+        solved = {p.name: n * (p.evaluations or steps) // steps for p, n in units.items()}
+        return solved | {f"asked for by {name}": n for name, n in self.on_request.items()}
 
     @property
     def digest(self) -> str:
@@ -189,6 +191,10 @@ class Needs:
         the model's backward and takes its prediction as it is."""
         self._draft.grads.append(DeclaredGrad(self.owner, lane, self.active(active), through))
 
+    def evaluations(self, rows: int) -> None:
+        """Rows that will be asked for by run.evaluate, at most, in the whole run."""
+        self._draft.on_request[self.owner] = rows
+
     def publish(self, key: str) -> None:
         """A board key that this plugin, and no other, will write."""
         first = self._draft.published.setdefault(key, self.owner)
@@ -213,6 +219,7 @@ class Draft:
     edits: list[DeclaredEdit] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     grads: list[DeclaredGrad] = field(default_factory=list)
+    on_request: dict[str, int] = field(default_factory=dict)
     published: dict[str, str] = field(default_factory=dict)
     consumed: list[tuple[str, str]] = field(default_factory=list)
 
@@ -264,8 +271,9 @@ def make_plan(
     sites = {name: users for name, users in sites.items() if users}
     rows = max(p.rows(i) for p in passes for i in range(request.steps))
     memory = backbone.memory(request.size, rows, bool(edits), len(probes))
-    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, dropped, probes, grads)
-    return Plan(*decided, draft.words, draft.published, events, memory)
+    decided = (request, backbone.name, tuple(plugins), passes, sites, edits, dropped, probes)
+    asked = (grads, draft.on_request, draft.words, draft.published)
+    return Plan(*decided, *asked, events, memory)
 
 
 def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> PassPlan:

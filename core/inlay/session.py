@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from . import backbones, guidance, hookspecs, objectives
 from .backbones import schedulers, text
 from .board import Board
 from .cli.trace import Tracer
-from .events import Cond, Lane, Plugin, Result
+from .events import Cond, Lane, Plugin, Result, Step
 from .kv import Tape, facts
-from .loop import run_pass
+from .loop import evaluate, run_pass
 from .plan import PassPlan, Plan, Request, make_plan
 
 Callback = Callable[[dict[str, Any]], None]
@@ -48,7 +48,7 @@ class Run:
         self.finals, self.timings = dict[str, dict[str, Tensor]](), dict[str, float]()
         self.hook_of, self._scheduler = session.hook_of, session.scheduler
         self._sigmas, self._noise = given.get("sigmas"), given.get("noise") or {}
-        self.unguided = dict[str, Tensor]()
+        self.unguided, self.evaluated, self.seam = dict[str, Tensor](), 0, Seam({})
         self.variance_type = str(self._scheduler.config.get("variance_type", ""))
         self.tape = Tape(session.store, plan, session.backbone)
 
@@ -62,6 +62,10 @@ class Run:
         drawn = self._noise.get(name)
         drawn = torch.randn(*shape, generator=self.rng(name)) if drawn is None else drawn
         return drawn.to(self.device, self.dtype)
+
+    def evaluate(self, step: Step, x: Mapping[str, Tensor], **given: Any) -> dict[str, Tensor]:
+        """See `loop.evaluate`."""
+        return evaluate(self, step, x, **given)
 
     def initial(self, pass_: str, lane: Lane) -> Tensor:
         """x_T of a lane, drawn or injected; its generator then feeds the scheduler, as in stock."""
@@ -210,9 +214,11 @@ class Session:
         with ExitStack() as stack:
             sites = self.backbone.modules if self.compiled else plan.sites.keys() | run.tape.sites
             modules = {k: m for k, m in self.backbone.modules.items() if k in sites}
-            seam = stack.enter_context(Seam(modules, self.compiled is not None))
-            stack.enter_context(objectives.light(run, seam))
-            stack.enter_context(self.compiled.running() if self.compiled else nullcontext())
+            seam = run.seam = stack.enter_context(Seam(modules, self.compiled is not None))
+            if plan.grads:
+                stack.enter_context(self.backbone.frozen(seam, plan.request.gradient.checkpoint))
+            if self.compiled:
+                stack.enter_context(self.compiled.running())
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
             self.prepare(run, conds or {}, pictures)
@@ -220,7 +226,7 @@ class Session:
                 begun = time.perf_counter()
                 if callback:
                     callback({"kind": "pass", "pass": pass_.name, "steps": steps})
-                run.finals[pass_.name] = run_pass(run, pass_, seam)
+                run.finals[pass_.name] = run_pass(run, pass_)
                 run.timings[pass_.name] = time.perf_counter() - begun
         run.tape.close()
         result = self._finish(run)
@@ -246,7 +252,8 @@ class Session:
         for name, (place, word) in run.plan.words.items():
             run.words[name] = text.find(run.conds[place], word)
         run.board.update(images.on_board(pictures, run.size, run.device))
-        run.tape.open(facts(run, self.scheduler) if self.store else {})
+        if self.store:
+            self.store.open(facts(run, self.scheduler))
         run.hook.inlay_prepare(run=run)
 
     def _finish(self, run: Run) -> Result:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inlay_config.errors import ConfigError, InputError
 
+ANEW = "Record anew: give another path, or delete this one."
 UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -38,6 +39,9 @@ class Store:
     steps: Any = None
     facts: dict[str, str] = field(default_factory=dict, init=False)
     tensors: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _facts: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _fresh: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _size: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = re.fullmatch(r"([\d.]+) *([KMG]?i?B?)", str(self.budget), re.IGNORECASE)
@@ -55,17 +59,39 @@ class Store:
                     self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 problem = f"{self.path} is no store: {' '.join(str(error).split())}"
-                fix = "Give another path, or delete it to record anew."
-                raise InputError(problem, where="store.path", fix=fix) from error
+                raise InputError(problem, where="store.path", fix=ANEW) from error
 
-    def waiting(self, tensor: Tensor, cast: bool = True) -> Tensor:
-        """A copy of its own, where and as tensors wait; cast: to the store's dtype."""
+    def open(self, facts: Mapping[str, str]) -> None:
+        """A run begins. Raises InputError where it differs from the one that was recorded."""
+        self._facts, self._fresh, self._size = dict(facts), {}, 0
+        for name, known in self.facts.items():
+            if known != facts.get(name):
+                problem = f"recorded with {name} {known}, this run has {facts.get(name, 'none')}"
+                raise InputError(problem, where="store", fix=ANEW)
+
+    def get(self, key: str) -> Tensor:
+        """Raises InputError for what was not recorded."""
+        if key not in self.tensors:
+            raise InputError(f"it holds no {key}", where="store", fix=ANEW)
+        return self.tensors[key]
+
+    def put(self, key: str, tensor: Tensor, cast: bool = False) -> None:
+        """Keep a copy; cast: to the store's dtype. Raises ConfigError when the budget is spent."""
         dtype = getattr(torch, self.dtype) if self.dtype and cast else tensor.dtype
-        return tensor.detach().to(self.device, dtype, copy=True).contiguous()
+        self._fresh[key] = tensor.detach().to(self.device, dtype, copy=True).contiguous()
+        self._size += self._fresh[key].nbytes
+        self.afford(self._size)
 
-    def fill(self, facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-        """What a run recorded, once it is complete; on disk it appears whole or not at all."""
-        self.facts, self.tensors = dict(facts), dict(tensors)
+    def afford(self, size: int) -> None:
+        """Raises ConfigError when `size` bytes are more than the budget."""
+        if size > self.limit:
+            problem = f"{size:,} bytes are more than the budget of {self.limit:,}"
+            fix = "Raise it, set store.dtype: bfloat16, or let edits act at fewer sites and steps."
+            raise ConfigError(problem, where="store.budget", fix=fix)
+
+    def close(self) -> None:
+        """The run that records is complete; on disk its store appears whole or not at all."""
+        self.facts, self.tensors = self._facts, self._fresh
         if self.path:
             path = Path(self.path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +101,6 @@ class Store:
                 beside.replace(path)
             except (OSError, SafetensorError) as error:
                 beside.unlink(missing_ok=True)
-                fix = "Free space or give another path; the result itself is kept."
-                raise InputError(
-                    f"cannot be written: {error}", where="store.path", fix=fix
-                ) from error
+                fix = "Free space, or give another path."
+                problem = f"cannot be written: {error}"
+                raise InputError(problem, where="store.path", fix=fix) from error

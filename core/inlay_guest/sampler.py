@@ -65,14 +65,15 @@ def denoiser(
         session.prepare(run, conds or {}, pictures)
         for owner in plan.events["begin"]:
             run.hook_of("inlay_begin", owner)(run=run, pass_="edit", x={})
-        yield Denoiser(run, seam, levels, session.scheduler)
+        run.seam = seam
+        yield Denoiser(run, levels, session.scheduler)
 
 
 class Denoiser:
     """x: latents in the model's layout (`b c h w`; FLUX packed `b n c`), x0 + sigma·noise."""
 
-    def __init__(self, run: Run, seam: Seam, levels: Sequence[float], scheduler: Any) -> None:
-        self.run, self._seam, self._levels = run, seam, levels
+    def __init__(self, run: Run, levels: Sequence[float], scheduler: Any) -> None:
+        self.run, self._levels = run, levels
         self._flow, config = schedulers.is_flow(scheduler), scheduler.config
         self._predicts = getattr(config, "prediction_type", "epsilon")
         self._train = int(getattr(config, "num_train_timesteps", 1000))
@@ -100,8 +101,8 @@ class Denoiser:
 
         step = Step("edit", index, now, total, t, True, ("edit",), frame_at, {"edit": seen})
         shown = seen if self._flow else seen / (level**2 + 1) ** 0.5
-        predict(run, run.plan.passes[-1], step, self._seam, {"edit": shown})
-        self._seam.programs = {}
+        predict(run, run.plan.passes[-1], step, {"edit": shown})
+        run.seam.programs = {}
         run.hook.inlay_denoised(run=run, step=step)
         self._calls += 1
         return step.x0["edit"].to(x)

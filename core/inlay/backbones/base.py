@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from inlay_attention import attention_modules
+from inlay_attention import Seam, attention_modules
 from inlay_config.errors import ModelError
 
 from ..events import AttnSite, Branch, Cond
@@ -130,6 +130,23 @@ class Backbone(Geometry):
         folder = str(self.pipe.config.get("_name_or_path") or "")
         path = Path(folder) / "settings.json"
         return dict(json.loads(path.read_text())) if folder and path.is_file() else {}
+
+    @contextmanager
+    def frozen(self, seam: Seam, checkpoint: bool) -> Iterator[None]:
+        """Gradients go to latents: no weight asks for one; activations may be recomputed."""
+        asking = [p for p in self.denoiser.parameters() if p.requires_grad]
+        recompute = checkpoint and not self.denoiser.is_gradient_checkpointing
+        try:
+            for p in asking:
+                p.requires_grad_(False)
+            if recompute:
+                self.denoiser.enable_gradient_checkpointing(seam.checkpoint)
+            yield
+        finally:
+            for p in asking:
+                p.requires_grad_(True)
+            if recompute:
+                self.denoiser.disable_gradient_checkpointing()
 
     def denoise(self, kwargs: dict[str, Any], role: str) -> Tensor:
         """One model call; diffusers' caches keep text and null apart by the context's name."""

@@ -35,6 +35,8 @@ def plan_table(plan: Plan) -> str:
         f"  {g.plugin}: loss of {g.lane} through {g.through}, steps {ranges(g.steps)}"
         for g in plan.grads
     ]
+    asked = plan.on_request.items()
+    lines += [f"  {owner}: up to {n} forward units on request" for owner, n in asked]
     order = [f"  {event}: {' -> '.join(names)}" for event, names in plan.events.items() if names]
     board = ", ".join(f"{key} ({owner})" for key, owner in plan.publishes.items()) or "empty"
     memory = ", ".join(f"{purpose} {in_bytes(size)}" for purpose, size in plan.memory.items())
