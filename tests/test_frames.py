@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from inlay import Frame
-from inlay.backbones.schedulers import advance, scale_input, tabulate
+from inlay.backbones.levels import tabulate
+from inlay.backbones.schedulers import advance, scale_input
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 import inlay
 from inlay import ConfigError, ModelError, PlanConflict
-from inlay.backbones.variance import variance
+from inlay.backbones.levels import variance
 from inlay_config.config import Experiment, Gradient, Prompt
 from models import conds, flux, pixel, stable_diffusion
 from spies import plugin

@@ -9,7 +9,8 @@ import torch
 import models
 from inlay import ConfigError, ModelError
 from inlay.backbones import adapt
-from inlay.backbones.schedulers import advance, choose, scale_input, solver, steps_of, tabulate
+from inlay.backbones.levels import tabulate
+from inlay.backbones.schedulers import advance, choose, scale_input, solver, steps_of
 from test_frames import DETERMINISTIC, SD, build, output
 
 MODEL = {False: adapt(models.stable_diffusion()), True: adapt(models.flux())}

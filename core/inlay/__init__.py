@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from inlay_config.registry import resolve_model  # isort: skip
     from inlay_guest import attach, denoiser  # isort: skip
 
-    from .backbones.schedulers import tabulate
+    from .backbones.levels import tabulate
     from .cli.experiment import run
     from .events import AttnSite, Cond, Lane, Plugin, Result, Step, Window
     from .frames import Frame
@@ -28,7 +28,7 @@ __all__ = [
     "SeamMissed", "Session", "Step", "Window", "attach", "denoiser", "hookimpl", "open_image",
     "resolve_model", "run", "tabulate",
 ]  # fmt: skip
-HOMES = "hookspecs frames events plan session backbones.schedulers cli.experiment"
+HOMES = "hookspecs frames events plan session backbones.levels cli.experiment"
 
 
 def __getattr__(name: str) -> Any:

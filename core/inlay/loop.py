@@ -14,7 +14,7 @@ from inlay_attention import AttnEdits, Rows, SiteProgram, cat, lane_of
 from inlay_config.errors import PluginError
 
 from . import objectives
-from .backbones import schedulers
+from .backbones import levels, schedulers
 from .events import Cond, Step
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run_pass(run: Run, pass_: PassPlan) -> dict[str, Tensor]:
     hook, backbone, request = run.hook, run.backbone, run.plan.request
     base = run.schedule(pass_)
     index_of = schedulers.steps_of(base, request.steps)
-    frame_at = schedulers.frames(base, run.device)
+    frame_at = levels.frames(base, run.device)
     solvers, scale = dict[str, Any](), getattr(base, "init_noise_sigma", 1.0)
     x = {ln.name: run.initial(pass_.name, ln) * scale for ln in pass_.lanes}
     hook.inlay_begin(run=run, pass_=pass_.name, x=x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inlay_config.errors import ConfigError, ModelError
 
-from .backbones.variance import variance
+from .backbones.levels import variance
 from .events import Step
 
 if TYPE_CHECKING:
@@ -34,17 +34,19 @@ class DeclaredGrad:
     through: str
 
 
-def check(plan: Plan, scheduler: Any, signals: dict[int, float]) -> Plan:
-    """The plan without the steps where x0 means nothing yet; signals: by step.
+def check(plan: Plan, scheduler: Any) -> Plan:
+    """The plan without the steps where x0 means nothing yet.
 
     Raises ConfigError for `apply: mean` with a scheduler that has no variance.
     """
+    if not plan.grads:
+        return plan
     policy = plan.request.gradient
-    if plan.grads and policy.apply == "mean" and "variance_type" not in scheduler.config:
+    if policy.apply == "mean" and "variance_type" not in scheduler.config:
         problem = f"{type(scheduler).__name__} has no variance to move the mean by"
         fix = "Use apply: x0, or scheduler: DDPMScheduler."
         raise ConfigError(problem, where="gradient.apply", fix=fix)
-    late = {step for step, signal in signals.items() if signal >= policy.alpha_min}
+    late = {step for step, frame in plan.request.levels() if frame.signal >= policy.alpha_min}
     return replace(plan, grads=tuple(replace(g, steps=g.steps & late) for g in plan.grads))
 
 

@@ -20,7 +20,7 @@ from inlay_config.config import Experiment, Gradient
 from inlay_config.errors import ModelError, PluginError
 
 from . import backbones, guidance, hookspecs, objectives
-from .backbones import schedulers, text
+from .backbones import levels, schedulers, text
 from .board import Board
 from .cli.trace import Tracer
 from .events import Cond, Lane, Plugin, Result, Step
@@ -161,7 +161,7 @@ class Session:
             skip_dead_rows=self.skip_dead_rows,
             resolve=tuple(asked.resolve),
             gradient=asked.gradient,
-            levels=lambda: schedulers.levels(self.scheduler, self.backbone, asked.steps, size),
+            levels=lambda: levels.of_run(self.scheduler, self.backbone, asked.steps, size),
             replays=bool(self.store and self.store.facts),
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
@@ -169,9 +169,7 @@ class Session:
         ours = {e: [i for i in reversed(impls[e]) if i.plugin is not guidance] for e in EVENTS}
         order = {e[6:]: tuple(i.plugin_name for i in listed) for e, listed in ours.items()}
         plan = make_plan(self.plugins, self.hook_of, order, request, self.backbone)
-        if plan.grads:
-            signals = {step: float(frame.signal) for step, frame in request.levels()}
-            plan = objectives.check(plan, self.scheduler, signals)
+        plan = objectives.check(plan, self.scheduler)
         if self.store:
             plan.memory["store"] = Tape(self.store, plan, self.backbone).size
         return plan

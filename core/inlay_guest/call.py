@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inlay import Cond, InputError, ModelError, PluginError, Result, Rows, Run, Step
-from inlay.backbones import schedulers, text
+from inlay.backbones import levels, schedulers, text
 from inlay.loop import collect_edits, observe, site_programs
 from inlay_attention import AttnEdits, Seam, cat
 from inlay_config import images
@@ -166,7 +166,7 @@ class Call:
         for name in ("_begin_index", "_step_index"):
             if hasattr(still, name):
                 setattr(still, name, None)
-        self._frame_at = schedulers.frames(still, self.guest.backbone.device)
+        self._frame_at = levels.frames(still, self.guest.backbone.device)
         self._timesteps = every[self._start :]
         late = copy.copy(still)
         late.timesteps = self._timesteps
