@@ -25,8 +25,8 @@ from inlay_attention import SiteProgram
 from inlay_config import images
 from inlay_config.config import Experiment, Prompt
 from inlay_plugins import masks
+from inlay_plugins.inversion import Inverter
 from inlay_plugins.schedules import Schedule, step_index
-from inlay_plugins.source_trajectory import Inverter
 from inlay_plugins.subject_mask import SubjectMask, infer_subject
 from inlay_plugins.weighted_attention import WeightedAttention, Windows
 from models import conds, flux, stable_diffusion

@@ -3,6 +3,7 @@
 regenerate   a pass of its own draws the source from its prompt; its latents are kept
 interpolate  a picture, encoded once and mixed with one fixed noise (section 3.5); no evaluation
 invert       a picture, carried up the noise levels by Euler's predictor and an endpoint corrector
+rf_solver, fireflow, ddim   by one of the solvers of inlay_plugins.inversion
 
 The lane follows that path: it is reset before every forward, so errors of the solver do not add up,
 and its rows are evaluated only in steps where somebody attends to them.
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from inlay import ConfigError, Frame, Needs, Plugin, Result, Run, Step, hookimpl, tabulate
+from inlay import ConfigError, Needs, Plugin, Result, Run, Step, hookimpl
+from inlay_plugins import inversion
 
 Trajectory = Callable[[Step, int], Tensor]
 """(step, ahead) -> the source's latent `1 …` `ahead` evaluations after the start of this one."""
@@ -33,11 +34,13 @@ class SourceTrajectory(Plugin):
     class Config:
         """provide: auto is interpolate with a picture and regenerate without. seed: of the source's
         noise, whatever the run's seed. guidance: null is 1 for a picture, the run's otherwise.
-        fixed_point_iterations: of the inverter, evaluations per step, 1 = no corrector. use_offset:
+        fixed_point_iterations: of `invert`, evaluations per step, 1 = no corrector. use_offset:
         move the edit by what the solver misses on the source in the same step.
         """
 
-        provide: Literal["auto", "regenerate", "interpolate", "invert"] = "auto"
+        provide: Literal[
+            "auto", "regenerate", "interpolate", "invert", "rf_solver", "fireflow", "ddim"
+        ] = "auto"
         seed: int = 6311
         guidance: float | None = None
         fixed_point_iterations: int = 2
@@ -68,8 +71,9 @@ class SourceTrajectory(Plugin):
         if self.provide == "regenerate":
             need.pass_("source")
             need.lane("source", "source", **lane)
-        elif self.provide == "invert":
-            need.pass_("invert", lambda base: Inverter(base, cfg.fixed_point_iterations))
+        elif self.provide != "interpolate":
+            make, evaluations = inversion.solvers(cfg.fixed_point_iterations)[self.provide]
+            need.pass_("invert", make, evaluations(need.request.steps))
             alone: dict[str, Any] = {
                 "prompt": "source",
                 "guidance": 1.0,
@@ -130,55 +134,9 @@ class SourceTrajectory(Plugin):
         if self.provide == "interpolate":
             clean, noise = run.board["latent:source"], run.x_T["edit", "source"]
             return lambda step, ahead: step.frame_at(step.eval + ahead).noise(clean, noise)
-        path = self._kept[::-1] if self.provide == "invert" else self._kept
+        path = self._kept if self.provide == "regenerate" else self._kept[::-1]
         return lambda step, ahead: path[step.eval + ahead]
 
 
 def _names_source(need: Needs) -> bool:
     return isinstance(need.request.guidance, dict) and "source" in need.request.guidance
-
-
-class Inverter:
-    """A solver from clean to noise over the levels of `base`, with the interface of a scheduler.
-
-    Predictor: Euler. Corrector, `iterations` - 1 times: the same step from the same start, with the
-    slope at the point predicted before. `order` = `iterations` evaluations per step. The slope is
-    the velocity of a flow model and the noise of a diffusion model (DDIM inversion when there is
-    no corrector). Raises ConfigError for a scheduler with several evaluations per step.
-    """
-
-    def __init__(self, base: Any, iterations: int) -> None:
-        self.levels: list[Frame] = tabulate(base)[::-1]
-        repeated = len(base.timesteps.unique()) < len(base.timesteps)
-        if repeated or self.levels[0].predicts == "sample":
-            fix = "Use one that evaluates a step once: DDIM, Euler, DPM++ or FlowMatchEuler."
-            raise ConfigError(
-                f"{type(base).__name__} cannot be inverted", where="scheduler", fix=fix
-            )
-        up = base.timesteps.flip(0)
-        times = torch.cat([torch.zeros_like(up[:1]), up])
-        ends = [k + (part > 0) for k in range(len(up)) for part in range(iterations)]
-        self.order, self.timesteps = iterations, times[ends]
-        self.frames = [self.levels[k] for k in [*ends, len(up)]]
-        self._evaluation = 0
-
-    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
-        """Variance-exploding models see unit variance."""
-        frame = self.frames[self._evaluation]
-        return x / (frame.sigma**2 + 1).sqrt() if frame.space == "ve" else x
-
-    def step(
-        self, output: Tensor, t: Tensor, x: Tensor, return_dict: bool = False
-    ) -> tuple[Tensor]:
-        """One evaluation: from the start of the step, along the slope found at x."""
-        here, step = self.frames[self._evaluation], self._evaluation // self.order
-        if self._evaluation % self.order == 0:
-            self._start = x.float()
-        low, high = self.levels[step : step + 2]
-        self._evaluation += 1
-        output, x = output.float(), x.float()
-        if here.predicts == "flow":
-            return (self._start + (high.sigma - low.sigma) * output,)
-        known = here.predicts == "epsilon" or here.sigma == 0  # v at sigma 0 is the noise
-        noise = output if known else here.eps(here.x0(output, x), x)
-        return (high.noise((self._start - low.sigma * noise) / low.alpha, noise),)
