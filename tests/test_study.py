@@ -399,6 +399,32 @@ def test_the_commands_make_a_page_and_score_its_votes(
 
 
 @pytest.mark.parametrize(
+    ("name", "answer", "shown"),
+    [
+        ("2afc", "ours", ("1.000 [1.000, 1.000]", "12/0/0", "[0.758, 1.000]", "alpha undefined")),
+        ("rank", ["ours", "theirs"], ("2.000 [2.000, 2.000]", "12/0/0", "alpha undefined")),
+        ("likert", 4, ("4.000 [4.000, 4.000]", "0/0/12", "+0.000 [+0.000, +0.000]")),
+    ],
+)
+def test_every_design_is_told_in_eighty_columns(
+    folders: list[Path],
+    tmp_path: Path,
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    answer: Any,
+    shown: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    study = design.build(material.gather(folders[:2]), name)
+    (tmp_path / "study.key.json").write_text(json.dumps(study.key))
+    voters = [write_votes(tmp_path, study, v, lambda item, methods: answer) for v in ("ada", "bob")]
+    code, out, err = invoke("study-score", *voters)
+    assert code == 0, err
+    assert all(words in out for words in shown) and "…" not in out, out
+
+
+@pytest.mark.parametrize(
     ("change", "problem"),
     [
         ("study", "these are votes on another page"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from inlay_bench.intervals import Interval
@@ -15,24 +16,25 @@ TITLES = {"2afc": "share won ↑", "rank": "mean rank ↓", "likert": "mean rati
 def show(score: Score) -> None:
     """Methods, pairs, agreement."""
     console = Console(highlight=False)
-    rating = score.design == "likert"
-    rows = Table("method", TITLES[score.design], "95 %", "items", box=box.SIMPLE_HEAD)
+    rows = Table("method", TITLES[score.design], "items", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in score.rows:
-        rows.add_row(row.method, f"{row.value.mean:.3f}", _bounds(row.value), str(row.value.n))
+        rows.add_row(escape(row.method), escape(_shown(row.value)), str(row.value.n))
     console.print(rows)
-    heads = ("rated higher by", "95 %") if rating else ("preferred", "95 %", "Wilson 95 %")
-    pairs = Table("", "against", "won", "lost", "tied", *heads, box=box.SIMPLE_HEAD)
+    rating = score.design == "likert"
+    pairs = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("pair", "won/lost/tied", "rated higher by" if rating else "preferred"):
+        pairs.add_column(head, no_wrap=True)
+    if not rating:
+        pairs.add_column("Wilson", no_wrap=True)
     for pair in score.pairs:
-        counts = (str(count) for count in (pair.wins, pair.losses, pair.ties))
-        sign = "+" if rating else ""
-        cells = [f"{pair.estimate.mean:{sign}.3f}", _bounds(pair.estimate, sign)]
+        counts = f"{pair.wins}/{pair.losses}/{pair.ties}"
+        cells = [f"{pair.a} : {pair.b}", counts, _shown(pair.estimate, "+" if rating else "")]
         if pair.wilson:
-            cells.append(f"{pair.wilson[0]:.3f} – {pair.wilson[1]:.3f}")
-        pairs.add_row(pair.a, pair.b, *counts, *cells)
+            cells.append(f"[{pair.wilson[0]:.3f}, {pair.wilson[1]:.3f}]")
+        pairs.add_row(*(escape(cell) for cell in cells))
     console.print(pairs)
-    console.print(
-        f"{score.votes} votes of {len(score.voters)} voters, {score.unanswered} left open"
-    )
+    counted = f"{score.votes} votes of {len(score.voters)} voters, {score.unanswered} left open"
+    console.print(f"{counted}; 95 % intervals")
     if score.agreement:
         alpha = score.agreement.alpha
         told = "undefined: all answers are the same" if alpha is None else f"{alpha:.3f}"
@@ -42,5 +44,6 @@ def show(score: Score) -> None:
         )
 
 
-def _bounds(value: Interval, sign: str = "") -> str:
-    return f"{value.low:{sign}.3f} – {value.high:{sign}.3f}"
+def _shown(value: Interval, sign: str = "") -> str:
+    """`0.550 [0.450, 0.650]`."""
+    return f"{value.mean:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
