@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # sam2's optional CUDA extension is not worth a compiler.
 export SAM2_BUILD_CUDA ?= 0
 
-.PHONY: demo docs docs-pictures test test-goldens test-fetch test-browser bench quality lint clean
+.PHONY: demo docs docs-pictures test compose test-goldens test-fetch test-browser bench quality lint clean
 
 demo: $(READY)
 	$(BIN)/inlay run demo --out outputs/demo
@@ -19,6 +19,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# Every pair of plugins on both models; `make test` takes one of the two in turn.
+compose: $(READY)
+	$(BIN)/python -m pytest tests/test_compose.py -m "slow or not slow" -n auto --maxprocesses 8 $(ARGS)
 
 test-goldens: $(READY)
 	$(BIN)/python -m pytest -m goldens $(ARGS)

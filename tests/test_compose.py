@@ -1,6 +1,7 @@
 """docs/compose.md is true: each pair of first-party plugins was run, and both effects are there."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -38,8 +39,14 @@ def test_a_plugin_alone_acts_and_keeps_its_invariant(model, name):
     assert set(CASES[name].board) <= set(made.board)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("a", "b"), PAIRS, ids=map("-".join, PAIRS))
+def everywhere():
+    """Every pair on every model; by default on one of them, in turn (`make compose`: on both)."""
+    for (i, pair), (j, model) in product(enumerate(PAIRS), enumerate(MODELS)):
+        marks = pytest.mark.slow if (i + j) % 2 else ()
+        yield pytest.param(model, *pair, id=f"{model}-{'-'.join(pair)}", marks=marks)
+
+
+@pytest.mark.parametrize(("model", "a", "b"), everywhere())
 def test_a_pair_composes_or_is_refused(model, a, b):
     """Composes: the picture differs from each alone, unless a plugin only publishes, which then
     moves no bit of the picture; and both invariants hold. Refused: the remedy of the message works.
