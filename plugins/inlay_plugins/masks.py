@@ -52,14 +52,37 @@ def points(smooth: Tensor, mask: Tensor, size: Sequence[int]) -> list[tuple[int,
     """
     found: list[tuple[int, int]] = []
     wide = resize_bilinear(smooth, size)[0, 0].clone()
-    rows, columns = (resize_bilinear(mask.float(), size)[0, 0] > 0).nonzero(as_tuple=True)
-    spread = max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) // 4
+    left, top, right, bottom = box(mask, size)
+    spread = max(right - left, bottom - top) // 4
     first = wide.max()
     while len(found) < 3 and wide.max() >= 0.35 * first:
         y, x = divmod(int(wide.argmax()), wide.shape[1])
         found.append((x, y))
         wide[max(y - spread, 0) : y + spread + 1, max(x - spread, 0) : x + spread + 1] = 0
     return found
+
+
+def box(mask: Tensor, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom: first and last pixels that a mask `1 1 h w`, not empty, touches
+    when it is upsampled to `size` (h, w)."""
+    rows, columns = (resize_bilinear(mask.float(), size)[0, 0] > 0).nonzero(as_tuple=True)
+    return int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())
+
+
+def log_odds(heat: Tensor, mask: Tensor) -> Tensor:
+    """A map in 0..1 as the logits that a segmenter takes for a rough mask: positive exactly where
+    `mask`, the map above some threshold and neither empty nor full, is 1."""
+    level = (heat[mask > 0].min() + heat[mask == 0].max()) / 2
+    return heat.logit(eps=1e-3) - level.logit(eps=1e-3)
+
+
+def rectangle(shares: Sequence[float], size: Sequence[int]) -> Tensor:
+    """A mask `1 1 h w` of `size` (h, w): 1 inside left, top, right, bottom in 0..1."""
+    (height, width), (left, top, right, bottom) = size, shares
+    mask = torch.zeros(1, 1, height, width)
+    rows = slice(round(top * height), round(bottom * height))
+    mask[..., rows, round(left * width) : round(right * width)] = 1
+    return mask
 
 
 def dilate(mask: Tensor, cells: int) -> Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from inlay import ConfigError, Needs, Plugin, Run, hookimpl
 from inlay_plugins import masks
 
@@ -46,11 +44,7 @@ class Region(Plugin):
     def inlay_prepare(self, run: Run) -> None:
         cfg, mask = self.cfg, run.board.get("mask:user")
         if mask is None:
-            height, width = run.size
-            left, top, right, bottom = cfg.box
-            mask = torch.zeros(1, 1, height, width, device=run.device)
-            rows = slice(round(top * height), round(bottom * height))
-            mask[..., rows, round(left * width) : round(right * width)] = 1
+            mask = masks.rectangle(cfg.box, run.size).to(run.device)
         if cfg.threshold is not None:
             mask = (mask > cfg.threshold).float()
         if cfg.grow >= 0:

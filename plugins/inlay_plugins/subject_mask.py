@@ -1,7 +1,8 @@
-"""Where the subject appears in the edit, from its words' attention maps (Add-it, section 3.4).
+"""Where the subject appears in the edit: from attention, a segmenter, a detector, or the user.
 
-The maps, mean over heads and recorded sites and sum over recorded steps, are blurred, stretched to
-0..1 and thresholded; latent_blend and paste_back put the source back outside.
+The words' attention maps, mean over heads and recorded sites and sum over recorded steps, are
+blurred, stretched to 0..1 and thresholded (Add-it, section 3.4), or tell a segmenter where to look
+(A.4); latent_blend and paste_back put the source back outside.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -18,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inlay import AttnSite, ConfigError, Needs, Plugin, Run, Step, hookimpl
-from inlay_plugins import masks
+from inlay import AttnSite, ConfigError, InputError, Needs, Plugin, Run, Step, hookimpl
+from inlay_plugins import detection, masks, segmentation
 from inlay_plugins.schedules import step_index
+from inlay_plugins.segmentation import Hint
 
 # Double blocks 13, 14, 18 of 19 and single blocks 23, 33 of 38, as published, by relative depth.
 DEPTHS = {"double": (13 / 18, 14 / 18, 1.0), "single": (23 / 37, 33 / 37)}
@@ -31,20 +33,19 @@ FUNCTION_WORDS = re.compile(
     re.IGNORECASE,
 )
 
-LOCALISERS: dict[str, Callable[[Tensor, Callable[[], Tensor]], Tensor]] = {
-    "attention": lambda seen, departure: seen,
-    "difference": lambda seen, departure: seen * departure(),
-}
-"""Name -> the map to threshold, from attention `b 1 h w` and from how far the edit is from the
-source there, both on the token grid."""
+ATTENTION = ("attention", "difference")  # the thresholded map itself
+SEGMENTED = ("points", "box", "mask", "grounding_dino")  # SAM 2 on the picture in the making
+LOCALISERS = (*ATTENTION, *SEGMENTED, "clipseg", "user")
 
 
 class SubjectMask(Plugin):
-    """Publishes `map:subject` (0..1) and `mask:subject` (0 or 1), both `b 1 h w` on the token grid,
-    and `points:subject`, clicks (x, y) in pixels per picture, for a segmenter.
+    """Publishes `map:subject` (0..1) and `mask:subject` (0 or 1), both `b 1 h w`, on the token grid
+    or, where networks or the user see the picture itself, at its size; and `points:subject`, clicks
+    (x, y) in pixels per picture.
 
-    A map without contrast cannot be thresholded: the mask is then the whole picture, which leaves
-    the edit as it is, and a warning says so.
+    What SAM 2, Grounding-DINO or CLIPSeg do not find, or find everywhere, is taken from the
+    attention map. A map without contrast cannot be thresholded: the mask is then the whole picture,
+    which leaves the edit as it is. A warning says so each time.
     """
 
     @dataclass
@@ -53,19 +54,36 @@ class SubjectMask(Plugin):
         step: the last one recorded, which publishes; count: how many. sites: names of attention
         modules; []: chosen by depth. dilate: token cells added around the mask.
 
-        localiser: attention, as published; difference: attention times the distance between the
-        edit's clean estimate and the source, which drops what the words attend to in the source.
+        localiser: attention, as published: the map above Otsu's threshold; difference: likewise of
+        map: difference; points, box, mask: SAM 2 is given up to three clicks at the map's peaks,
+        the thresholded map's box, or its log odds and the first click; grounding_dino: SAM 2 is
+        given the surest box for each subject that scores above `threshold`; clipseg: its heat above
+        Otsu's threshold; user: the mask that comes with the picture, else `box`, [left, top, right,
+        bottom] as shares of it.
+        map: attention; difference: times the distance between the edit's clean estimate and the
+        source, which drops what the words attend to in the source.
+
+        segmenter, segmenter_config: see segmentation.load. detector: a folder or hub name; "": the
+        published one.
+
         mode: fixed sums the picture's attention to all pieces of the words. reference, as
         published: the last piece only, the text's attention to the picture added up, and the
-        picture's attention to it at the last step only (joint attention models).
+        picture's attention to it at the last step only (joint attention models); box unites three
+        answers, mask is given as 0 and 1 and without a click, clicks get one answer.
         """
 
         subject: Any = ""
         localiser: str = "attention"
+        map: Literal["attention", "difference"] = "attention"
         step: Any = 0.5
         count: int = 3
         sites: list[str] = field(default_factory=list)
         dilate: int = 0
+        segmenter: str = "facebook/sam2-hiera-large"
+        segmenter_config: str = ""
+        detector: str = ""
+        threshold: float = 0.4
+        box: list[float] = field(default_factory=list)
         mode: Literal["fixed", "reference"] = "fixed"
 
     @hookimpl
@@ -74,16 +92,43 @@ class SubjectMask(Plugin):
         if cfg.localiser not in LOCALISERS:
             raise ConfigError(f"no localiser {cfg.localiser!r}", where=f"{where}.localiser",
                               fix=f"Known: {', '.join(LOCALISERS)}.")  # fmt: skip
-        if cfg.count < 1 or cfg.dilate < 0:
-            raise ConfigError("count is 1 or more, dilate 0 or more", where=where)
+        if cfg.count < 1 or cfg.dilate < 0 or not 0 <= cfg.threshold < 1:
+            problem = "count is 1 or more, dilate 0 or more, threshold in 0..1"
+            raise ConfigError(problem, where=where)
+        if cfg.localiser in SEGMENTED:
+            segmentation.check(cfg.segmenter, cfg.segmenter_config, where)
+        self.columns: list[str] = []
+        self.rows: list[str] = []
+        if cfg.localiser == "user":
+            self._declare_user(need, where)
+        else:
+            self._declare_maps(need, where)
+        need.publish("points:subject")
+        need.publish("map:subject")
+        need.publish("mask:subject")
+
+    def _declare_user(self, need: Needs, where: str) -> None:
+        self.last = -1
+        self.given = "mask:user" in need.request.inputs
+        box = self.cfg.box
+        if self.given:
+            need.consume("mask:user")
+        elif len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            fix = "Give input.mask, or left, top, right, bottom in 0..1, such as [0, 0.5, 1, 1]."
+            raise ConfigError(
+                f"no mask is given and {box} is no box", where=f"{where}.box", fix=fix
+            )
+
+    def _declare_maps(self, need: Needs, where: str) -> None:
+        cfg = self.cfg
         self.last = step_index(cfg.step, need.request.steps, f"{where}.step")
         recorded = range(max(self.last - cfg.count + 1, 0), self.last + 1)
         self.sites = _sites(need, cfg.sites, f"{where}.sites")
         names = frozenset(self.sites)
         given = [cfg.subject] if isinstance(cfg.subject, str) else list(cfg.subject)
         words = given if any(given) else [infer_subject(need.request.prompt, f"{where}.subject")]
+        self.words = words
         self.columns = [f"{need.owner}/columns/{word}" for word in words]
-        self.rows = []
         for name, word in zip(self.columns, words, strict=True):
             steps = recorded if cfg.mode == "fixed" else [self.last]
             need.probe(name, "edit/text", word, names, steps)
@@ -94,11 +139,31 @@ class SubjectMask(Plugin):
             self.rows = [f"{need.owner}/rows/{word}" for word in words]
             for name, word in zip(self.rows, words, strict=True):
                 need.probe(name, "edit/text", word, names, recorded, read="rows")
-        if cfg.localiser == "difference":
+        self.departs = "difference" in (cfg.localiser, cfg.map)
+        if self.departs:
             need.consume("latent:source")
-        need.publish("points:subject")
-        need.publish("map:subject")
-        need.publish("mask:subject")
+
+    @hookimpl
+    def inlay_prepare(self, run: Run) -> None:
+        """What is missing is told before the first step; networks stay for the next run."""
+        kind = self.cfg.localiser
+        if kind == "user":
+            self._publish_user(run)
+        elif kind not in ATTENTION:
+            if not run.backbone.decodes:
+                raise ConfigError(f"localiser: {kind} looks at pictures, and this model has no VAE",
+                                  where=f"plugins.{self.name}",
+                                  fix="Use localiser: attention.")  # fmt: skip
+            device = str(run.device)
+            if kind in SEGMENTED:
+                self.segmenter = segmentation.load(
+                    self.cfg.segmenter, self.cfg.segmenter_config, device
+                )
+            if kind == "grounding_dino":
+                name = self.cfg.detector or detection.GROUNDING_DINO
+                self.detector = detection.grounding_dino(name, device)
+            if kind == "clipseg":
+                self.clipseg = detection.clipseg(self.cfg.detector or detection.CLIPSEG, device)
 
     @hookimpl
     def inlay_begin(self, run: Run, pass_: str, x: dict[str, Tensor]) -> None:
@@ -126,24 +191,95 @@ class SubjectMask(Plugin):
 
         maps = [_picture(total, self.sites[site], grid) for site, total in self.sums.items()]
         mean = torch.stack(maps).mean(0)
-        smooth = masks.blur(LOCALISERS[self.cfg.localiser](mean, departure))
-        stretched, flat = masks.minmax(smooth), masks.is_flat(smooth)
+        smooth = masks.blur(mean * departure() if self.departs else mean)
+        heat, flat = masks.minmax(smooth), masks.is_flat(smooth)
         if flat.any():
-            warnings.warn(
-                f"{self.name}: the subject's attention map is constant or not finite; the mask is "
-                "the whole picture, so nothing of the source is put back",
-                stacklevel=2,
-            )
-            stretched = torch.where(flat.view(-1, 1, 1, 1), torch.ones_like(stretched), stretched)
-        mask = torch.ones_like(stretched, dtype=torch.float32)
+            self._warn("the subject's attention map is constant or not finite; the mask is "
+                       "the whole picture, so nothing of the source is put back")  # fmt: skip
+            heat = torch.where(flat.view(-1, 1, 1, 1), torch.ones_like(heat), heat)
+        mask = torch.ones_like(heat, dtype=torch.float32)
         if not flat.all():
-            mask[~flat] = masks.otsu(stretched[~flat])
-        run.board["points:subject"] = [
-            masks.points(one, area, run.size) if area.any() else []
-            for one, area in zip(smooth.split(1), mask.split(1), strict=True)
+            mask[~flat] = masks.otsu(heat[~flat])
+        clicks = [
+            masks.points(one, area, run.size) if area.any() and not still else []
+            for one, area, still in zip(smooth.split(1), mask.split(1), flat, strict=True)
         ]
-        run.board["map:subject"] = stretched
-        run.board["mask:subject"] = masks.dilate(mask, self.cfg.dilate)
+        if self.cfg.localiser not in ATTENTION:
+            pictures = run.backbone.decode(step.x0["edit"].to(run.dtype), run.size).float()
+            seen = [
+                self._look(*each)
+                for each in zip(pictures, heat.split(1), mask.split(1), clicks, strict=True)
+            ]
+            heat, mask = (torch.cat(part).to(run.device) for part in zip(*seen, strict=True))
+        run.board["points:subject"], run.board["map:subject"] = clicks, heat
+        cells = self.cfg.dilate * round(mask.shape[-1] / grid[1])
+        run.board["mask:subject"] = masks.dilate(mask, cells)
+
+    def _look(
+        self, picture: Tensor, heat: Tensor, mask: Tensor, clicks: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Map and mask `1 1 H W` by looking at a picture `3 H W`, or else from its attention map
+        and mask `1 1 h w`."""
+        size = picture.shape[-2:]
+        fallback = masks.resize_bilinear(heat, size), masks.resize_bilinear(mask, size) >= 0.5
+        if self.cfg.localiser == "clipseg":
+            seen = torch.stack([self.clipseg.heat(picture, word) for word in self.words]).amax(0)
+            seen = seen[None, None]
+            if not masks.is_flat(seen):
+                return masks.minmax(seen), masks.otsu(seen)
+            self._warn("CLIPSeg's heat is constant; its attention map is used")
+            return fallback[0], fallback[1].float()
+        hints = self._hints(picture, heat, mask, clicks)
+        union = self.cfg.mode == "reference" and self.cfg.localiser == "box"
+        found = segmentation.segment(self.segmenter, picture, hints, union)
+        if found.any() and not found.all():
+            return fallback[0], found[None, None].float()
+        if mask.mean() < 1:  # else it has been told already
+            what = "the whole picture" if found.any() else "nothing"
+            self._warn(f"{self.cfg.localiser} finds {what}; the attention map's mask is used")
+        return fallback[0], fallback[1].float()
+
+    def _hints(
+        self, picture: Tensor, heat: Tensor, mask: Tensor, clicks: list[tuple[int, int]]
+    ) -> list[Hint]:
+        """What SAM 2 is told; nothing where there is nothing to tell."""
+        kind, fixed, size = self.cfg.localiser, self.cfg.mode == "fixed", picture.shape[-2:]
+        if kind == "grounding_dino":
+            boxes = (self.detector.box(picture, word, self.cfg.threshold) for word in self.words)
+            return [Hint(box=box) for box in boxes if box is not None]
+        if not clicks or mask.mean() == 1:
+            return []
+        if kind == "points":
+            return [Hint(clicks, several=fixed and len(clicks) == 1)]
+        if kind == "box":
+            return [Hint(box=masks.box(mask, size), several=not fixed)]
+        rough = masks.log_odds(heat, mask) if fixed else mask
+        return [Hint(clicks[:1] if fixed else (), logits=rough[0, 0])]
+
+    def _publish_user(self, run: Run) -> None:
+        """The caller's mask, 1 = the edit's, or the box."""
+        if self.given:
+            mask = (run.board["mask:user"] >= 0.5).float()
+        else:
+            mask = masks.rectangle(self.cfg.box, run.size).to(run.device)
+        if not mask.any():
+            raise InputError("the mask is empty, so nothing is to be edited", where="mask:user",
+                             fix="Paint white what may change.")  # fmt: skip
+        corners = mask[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+        if mask.all():
+            self._warn("the mask is the whole picture, so nothing of the source is put back")
+        elif corners.all() and mask.mean() > 0.5:
+            self._warn("the mask holds all corners and most of the picture: is it inverted? "
+                       "White is what may change")  # fmt: skip
+        grid = run.backbone.grid(run.size)
+        click = masks.points(masks.blur(mask), mask, run.size)
+        run.board["points:subject"] = [click] * run.plan.request.n
+        run.board["map:subject"] = mask
+        cells = self.cfg.dilate * round(mask.shape[-1] / grid[1])
+        run.board["mask:subject"] = masks.dilate(mask, cells)
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{self.name}: {what}", stacklevel=2)
 
 
 def infer_subject(prompt: Any, where: str) -> str:
