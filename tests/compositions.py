@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 
 import torch
@@ -74,6 +74,7 @@ class Call:
 class Recorder(Plugin):
     """Keeps every step after all folds, and every attention call; changes nothing.
 
+    A kept step's `unguided` is its x0 before losses moved it.
     guided: the lane's output by (evaluation, lane) before any plugin wraps the combination.
     """
 
@@ -105,9 +106,9 @@ class Recorder(Plugin):
         return output
 
     @hookimpl
-    def inlay_observe(self, step):
+    def inlay_observe(self, run, step):
         kept = copy.copy(step)
-        kept.x = dict(step.x)
+        kept.x, kept.unguided = dict(step.x), dict(run.unguided)
         self.steps.append(kept)
 
     def edited(self, plugin):
@@ -134,6 +135,7 @@ class Made:
         return self.result.board
 
 
+@cache
 def picture():
     """An empty meadow, and the mask of where a cow may stand: `1 c h w`."""
     scene = next(s for s in map(world.sample, range(1000)) if s.ground == "grass" and not s.sunset)
@@ -159,9 +161,14 @@ def run(pipe, model, *names):
     return Made(listed, session.run(PROMPT, image, mask, **asked), recorder)
 
 
+def needs(a, b):
+    """Which of the two runs with the other only, or ""."""
+    return next((one for one, other in ((a, b), (b, a)) if other in CASES[one].companions), "")
+
+
 def verdict(pipe, model, a, b, resolve=()):
     """ "composes"; "needs", when one runs with the other only; or the message of the refusal."""
-    if a in CASES[b].companions or b in CASES[a].companions:
+    if needs(a, b):
         return "needs"
     asked = {"steps": STEPS, "seed": 5, "size": [SIDE, SIDE], **MODELS[model]}
     experiment = Experiment(prompt=Prompt(**PROMPT), resolve=list(resolve), **asked)
