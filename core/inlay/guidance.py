@@ -7,11 +7,7 @@ from torch import Tensor
 from .hookspecs import hookimpl
 
 
-def cfg(text: Tensor, null: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) in diffusers' order of operations."""
-    return text if null is None else null + scale * (text - null)
-
-
 @hookimpl(trylast=True)
 def inlay_combine(text: Tensor, null: Tensor | None, scale: float) -> Tensor:
-    return cfg(text, null, scale)
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) in diffusers' order of operations."""
+    return text if null is None else null + scale * (text - null)
