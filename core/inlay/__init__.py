@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from inlay_guest import attach, denoiser  # isort: skip
 
     from .backbones.levels import tabulate
+    from .backbones.text import Cond
     from .cli.experiment import run
-    from .events import AttnSite, Cond, Lane, Plugin, Result, Step, Window
+    from .events import AttnSite, Lane, Plugin, Result, Step, Window
     from .frames import Frame
     from .hookspecs import hookimpl
     from .plan import Needs, Plan
@@ -28,7 +29,7 @@ __all__ = [
     "SeamMissed", "Session", "Step", "Window", "attach", "denoiser", "hookimpl", "open_image",
     "resolve_model", "run", "tabulate",
 ]  # fmt: skip
-HOMES = "hookspecs frames events plan session backbones.levels cli.experiment"
+HOMES = "hookspecs frames events plan session backbones.levels backbones.text cli.experiment"
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,10 @@ Shapes: `b` pictures of a lane, `R` rows of one model call, `h` heads, `n` token
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from inlay_attention import Rows as Rows  # of one model call; named by the hooks
@@ -87,22 +86,6 @@ class AttnSite:
     heads: int
     dim: int
     scale: int = 1
-
-
-@dataclass
-class Cond:
-    """An encoded prompt: embeds `1 t c`, pooled `1 c` or None, the text piece of each row, and the
-    model's own mask of its padding `1 t` or None."""
-
-    embeds: Tensor
-    pooled: Tensor | None = None
-    tokens: list[str] = field(default_factory=list)
-    mask: Tensor | None = None
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Cond:
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        mask = None if self.mask is None else self.mask.to(device)
-        return replace(self, embeds=self.embeds.to(device, dtype), pooled=pooled, mask=mask)
 
 
 class LazyX0(dict[str, Tensor]):

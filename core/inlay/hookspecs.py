@@ -52,7 +52,7 @@ def inlay_inputs(run: Run, step: Step, rows: Rows, kwargs: dict[str, Any]) -> No
 def inlay_combine(
     run: Run, step: Step, lane: str, text: Tensor, null: Tensor | None, scale: float
 ) -> Tensor | None:
-    """A lane's predictions -> one model output; the first tensor wins. Default: classifier-free guidance.
+    """A lane's predictions -> one model output; the first tensor wins. Default: classifier-free.
     What adds to any of them is a wrapper: `@hookimpl(wrapper=True)`, `output = yield`."""
 
 

@@ -15,7 +15,8 @@ from inlay_config.errors import PluginError
 
 from . import objectives
 from .backbones import levels, schedulers
-from .events import Cond, Step
+from .backbones.text import Cond
+from .events import Step
 
 if TYPE_CHECKING:
     from .plan import PassPlan
@@ -123,6 +124,8 @@ def evaluate(
     if run.evaluated > sum(run.plan.on_request.values()):
         problem = f"{run.evaluated} rows were asked for, declared: {run.plan.on_request}"
         raise PluginError(problem, where="run.evaluate", fix="Declare more by need.evaluations.")
+    if run.lengths:
+        raise PluginError("prompts differ in length", where="run.evaluate", fix="Give equal ones.")
     kept, found = dict(run.seam.programs), dict[str, Tensor]()
     groups = next(p.groups for p in run.plan.passes if p.name == step.pass_)
     for rows in (Rows.of({b: len(x[b]) for b in group if b in x}) for group in groups):
@@ -155,16 +158,17 @@ def site_programs(
     reading = step.last_eval and step.pass_ == "edit"
     probes = [p for p in run.plan.probes if reading and step.index in p.steps and p.branch in rows]
     programs = {}
-    for site in run.backbone.sites if edits or probes or run.tape.records else ():
+    lengths = {b: run.lengths[b] for b in rows} if run.lengths else {}
+    for site in run.backbone.sites if edits or probes or run.tape.records or lengths else ():
         by_branch = edits[site.name].by_branch if site.name in edits else {}
         acting = {branch: listed for branch, listed in by_branch.items() if branch in rows}
         read = [p for p in probes if site.name in p.sites]
         keep = run.tape.kept(step, site.name, rows)
-        if acting or read or keep:
+        if acting or read or keep or (lengths and site.kind != "self"):
             spans = run.backbone.spans(site, run.conds[next(iter(rows))].embeds.shape[1])
             named = (site.name, rows, acting, read, run.words, spans, step.probes)
             given = run.tape.given(step, site.name) if acting else {}
-            programs[site.name] = SiteProgram(*named, given, keep=keep)
+            programs[site.name] = SiteProgram(*named, given, lengths, keep)
     return programs
 
 

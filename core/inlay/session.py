@@ -21,19 +21,22 @@ from inlay_config.errors import ModelError, PluginError
 
 from . import backbones, guidance, hookspecs, objectives
 from .backbones import levels, schedulers, text
+from .backbones.text import Cond
 from .board import Board
 from .cli.trace import Tracer
-from .events import Cond, Lane, Plugin, Result, Step
+from .events import Lane, Plugin, Result, Step
 from .kv import Tape, facts
 from .loop import evaluate, run_pass
 from .plan import PassPlan, Plan, Request, make_plan
 
 Callback = Callable[[dict[str, Any]], None]
+Place = tuple[str, str]  # pass, lane
 EVENTS = [name for name in vars(hookspecs) if name.startswith("inlay_")]
 
 
 class Run:
-    """One run as plugins see it. conds: by branch; words[probe]: text tokens; x_T[pass, lane]:
+    """One run as plugins see it. conds: by branch; words[probe]: text tokens; lengths: of prompts
+    with padding to be hidden; x_T[pass, lane]:
     unit-variance initial noise; finals[pass][lane]: last latents of the passes so far;
     unguided[lane]: the latest x0 of a lane with losses, before they moved it."""
 
@@ -43,8 +46,8 @@ class Run:
         self.device, self.dtype = session.backbone.device, session.backbone.dtype
         self.prompts, self.size = plan.request.prompt, plan.request.size
         self.board, self.conds = Board(dict(plan.publishes)), dict[str, Cond]()
-        self.words, self.x_T = dict[str, tuple[int, ...]](), dict[tuple[str, str], Tensor]()
-        self.generators = dict[tuple[str, str], torch.Generator]()
+        self.words, self.lengths = dict[str, tuple[int, ...]](), dict[str, int]()
+        self.x_T, self.generators = dict[Place, Tensor](), dict[Place, torch.Generator]()
         self.finals, self.timings = dict[str, dict[str, Tensor]](), dict[str, float]()
         self.hook_of, self._scheduler = session.hook_of, session.scheduler
         self._sigmas, self._noise = given.get("sigmas"), given.get("noise") or {}
@@ -62,6 +65,12 @@ class Run:
         drawn = self._noise.get(name)
         drawn = torch.randn(*shape, generator=self.rng(name)) if drawn is None else drawn
         return drawn.to(self.device, self.dtype)
+
+    @property
+    def sites(self) -> set[str]:
+        """Sites that are edited, read or kept, and those where a prompt's padding is hidden."""
+        padded = {s.name for s in self.backbone.sites if self.lengths and s.kind != "self"}
+        return {*self.plan.sites, *self.tape.sites, *padded}
 
     def evaluate(self, step: Step, x: Mapping[str, Tensor], **given: Any) -> dict[str, Tensor]:
         """See `loop.evaluate`."""
@@ -209,8 +218,9 @@ class Session:
         plan = self.plan(asked, shape, list(pictures))
         run = Run(self, plan, callback, sigmas=sigmas, noise=noise)
         asked.device, asked.dtype = run.device.type, str(run.dtype).removeprefix("torch.")
+        self.encode(run, conds or {})
         with ExitStack() as stack:
-            sites = self.backbone.modules if self.compiled else plan.sites.keys() | run.tape.sites
+            sites = self.backbone.modules if self.compiled else run.sites
             modules = {k: m for k, m in self.backbone.modules.items() if k in sites}
             seam = run.seam = stack.enter_context(Seam(modules, self.compiled is not None))
             if plan.grads:
@@ -219,7 +229,7 @@ class Session:
                 stack.enter_context(self.compiled.running())
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
-            self.prepare(run, conds or {}, pictures)
+            self.prepare(run, pictures)
             for pass_ in plan.passes:
                 begun = time.perf_counter()
                 if callback:
@@ -237,8 +247,8 @@ class Session:
             callback({"kind": "done"})
         return result
 
-    def prepare(self, run: Run, given: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
-        """Encode each prompt once, find the words of the probes, put the pictures on the board."""
+    def encode(self, run: Run, given: Mapping[str, Any]) -> None:
+        """Each prompt once, all to one length; find the words that plugins named."""
         encoded: dict[str, Cond] = {}
         for branch in (b for p in run.plan.passes for b in p.branches):
             ready = given.get(branch.name, given.get(branch.cond))
@@ -247,8 +257,12 @@ class Session:
             cond = encoded[branch.cond] if ready is None else ready
             cond = cond if isinstance(cond, Cond) else Cond(**cond)
             run.conds[branch.name] = cond.to(run.device, run.dtype)
+        run.conds, run.lengths = text.even(run.conds)
         for name, (place, word) in run.plan.words.items():
             run.words[name] = text.find(run.conds[place], word)
+
+    def prepare(self, run: Run, pictures: Mapping[str, Any]) -> None:
+        """Put the pictures on the board and let plugins prepare."""
         run.board.update(images.on_board(pictures, run.size, run.device))
         if self.store:
             self.store.open(facts(run, self.scheduler))

@@ -96,7 +96,8 @@ class SiteProgram:
         """Without edits that are known to change nothing; None when nothing is left to do."""
         edits = {b: [e for e in listed if not e.neutral] for b, listed in self.edits.items()}
         edits = {branch: listed for branch, listed in edits.items() if listed}
-        return replace(self, edits=edits) if edits or self.probes or self.keep else None
+        acts = edits or self.probes or self.keep or self.lengths
+        return replace(self, edits=edits) if acts else None
 
     def with_tensors(self) -> SiteProgram:
         """With every number a 0-d tensor of its own: what is compiled holds for other numbers."""

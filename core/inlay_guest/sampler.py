@@ -61,8 +61,9 @@ def denoiser(
     refuse(session, Request(prompts, len(levels), pixels, grid, inputs=inputs), SAMPLED)
     plan = session.plan(asked, shape, list(pictures))
     run = Run(session, plan, None)
-    with torch.no_grad(), Seam({k: session.backbone.modules[k] for k in plan.sites}) as seam:
-        session.prepare(run, conds or {}, pictures)
+    session.encode(run, conds or {})
+    with torch.no_grad(), Seam({k: session.backbone.modules[k] for k in run.sites}) as seam:
+        session.prepare(run, pictures)
         for owner in plan.events["begin"]:
             run.hook_of("inlay_begin", owner)(run=run, pass_="edit", x={})
         run.seam = seam

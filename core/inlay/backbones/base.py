@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from inlay_attention import Seam, attention_modules
 from inlay_config.errors import ModelError
 
-from ..events import AttnSite, Branch, Cond
+from ..events import AttnSite, Branch
 from .geometry import Geometry
 from .geometry import Size as Size
+from .text import Cond
 
 Spans = Callable[[int, int], tuple[dict[str, slice], dict[str, slice]]]
 

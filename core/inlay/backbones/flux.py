@@ -11,9 +11,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 from einops import rearrange
 from torch import Tensor
 
-from ..events import AttnSite, Branch, Cond
+from ..events import AttnSite, Branch
 from .base import Backbone, Size, Spans
-from .text import pieces
+from .text import Cond, pieces
 
 
 class Flux(Backbone):

@@ -9,9 +9,9 @@ import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
 from torch import Tensor
 
-from ..events import AttnSite, Cond
+from ..events import AttnSite
 from .base import Backbone, Size, Spans
-from .text import pieces
+from .text import Cond, pieces
 
 
 class PixArt(Backbone):

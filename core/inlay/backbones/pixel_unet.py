@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..events import AttnSite, Cond
+from ..events import AttnSite
 from .base import Backbone, Size, Spans
 from .stable_diffusion import place_in_unet
+from .text import Cond
 
 
 class PixelUNet(Backbone):

@@ -9,9 +9,9 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
-from ..events import AttnSite, Cond
+from ..events import AttnSite
 from .base import Backbone, Size, Spans
-from .text import pieces
+from .text import Cond, pieces
 
 
 class StableDiffusion(Backbone):

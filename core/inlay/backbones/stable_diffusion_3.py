@@ -12,9 +12,9 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
 )
 from torch import Tensor
 
-from ..events import AttnSite, Cond
+from ..events import AttnSite
 from .base import Backbone, Size, Spans
-from .text import pieces
+from .text import Cond, pieces
 
 
 class StableDiffusion3(Backbone):

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..events import Cond
 from .base import Size
 from .stable_diffusion import StableDiffusion
-from .text import pieces
+from .text import Cond, pieces
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -1,12 +1,45 @@
-"""Prompt tokens as text: what a word's token indices are found in."""
+"""Encoded prompts, and their tokens as text: what a word's token indices are found in."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from inlay_config.errors import InputError
 
-from ..events import Cond
+
+@dataclass
+class Cond:
+    """An encoded prompt: embeds `1 t c`, pooled `1 c` or None, the text piece of each row, and the
+    model's own mask of its padding `1 t` or None."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    tokens: list[str] = field(default_factory=list)
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Cond:
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, embeds=self.embeds.to(device, dtype), pooled=pooled, mask=mask)
+
+
+def even(conds: dict[str, Cond]) -> tuple[dict[str, Cond], dict[str, int]]:
+    """Prompts of branches padded with zeros to one length, and the true lengths where attention
+    has to be kept from the padding: none for equal prompts, and where the model masks it itself."""
+    most = max((cond.embeds.shape[1] for cond in conds.values()), default=0)
+    padded, lengths = dict[str, Cond](), dict[str, int]()
+    for branch, cond in conds.items():
+        missing = most - cond.embeds.shape[1]
+        mask = None if cond.mask is None else F.pad(cond.mask, (0, missing))
+        padded[branch] = replace(cond, embeds=F.pad(cond.embeds, (0, 0, 0, missing)), mask=mask)
+        if cond.mask is None:
+            lengths[branch] = most - missing
+    return padded, lengths if len(set(lengths.values())) > 1 else {}
 
 
 def pieces(tokenizer: Any, prompt: str, length: int) -> list[str]:
