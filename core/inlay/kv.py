@@ -135,11 +135,6 @@ class Tape:
                     if tensor is not None:
                         self.store.put(_key(step, branch, part, site), tensor, part != "mask")
 
-    def close(self) -> None:
-        """The run is complete: what it recorded becomes the store."""
-        if self.records:
-            self.store.close()
-
 
 def facts(run: Run, scheduler: Any) -> dict[str, str]:
     """What a recording depends on besides its latents: name -> a short description."""

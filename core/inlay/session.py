@@ -236,7 +236,8 @@ class Session:
                     callback({"kind": "pass", "pass": pass_.name, "steps": steps})
                 run.finals[pass_.name] = run_pass(run, pass_)
                 run.timings[pass_.name] = time.perf_counter() - begun
-        run.tape.close()
+        if run.tape.records:
+            run.tape.store.close()
         result = self._finish(run)
         run.timings["total"] = time.perf_counter() - started
         place = {"device": str(run.device), "dtype": asked.dtype, "seed": seed}
