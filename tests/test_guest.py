@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import inlay
+import pages
 from folders import save_flux
 from guests import MASK, PICTURE, SEED, STEPS, STOCK
 from inlay import ConfigError, InputError, ModelError, PlanConflict, PluginError
@@ -320,6 +321,8 @@ def lane(need):
             plugin(declare=lambda need: need.branch("edit", "more")),
             "p needs the branch 'edit/more'",
         ),
+        (plugin(declare=lambda need: need.grad()), "p needs the gradient of lane 'edit'"),
+        (plugin(objective=lambda step: None), "p acts in inlay_objective"),
         (plugin(inputs=lambda kwargs: None), "p acts in inlay_inputs"),
         (plugin(combine=lambda text: text), "p acts in inlay_combine"),
         (plugin(begin=lambda x: None), "p acts in inlay_begin"),
@@ -391,10 +394,10 @@ def test_guests_are_detached_in_any_order(pipes, plain, order):
         step.x_next["edit"] = step.x_next["edit"] / 2
 
     pipe = pipes["sd"]
-    parts = {"louder": louder()}, {"halve": plugin(post_step=halve)}
-    both, _ = called(pipes, "sd", {**parts[0], **parts[1]})
-    alone = [called(pipes, "sd", part)[0] for part in parts]
-    guests = [inlay.attach(pipe, part) for part in parts]
+    lists = {"louder": louder()}, {"halve": plugin(post_step=halve)}
+    both, _ = called(pipes, "sd", {**lists[0], **lists[1]})
+    alone = [called(pipes, "sd", listed)[0] for listed in lists]
+    guests = [inlay.attach(pipe, listed) for listed in lists]
     assert torch.equal(STOCK["sd"].call(pipe), both)
     guests[order[0]].detach()
     assert torch.equal(STOCK["sd"].call(pipe), alone[order[1]])
@@ -403,15 +406,19 @@ def test_guests_are_detached_in_any_order(pipes, plain, order):
     assert torch.equal(STOCK["sd"].call(pipe), plain["sd"])
 
 
-def test_two_guests_at_one_site_are_refused(pipes, plain):
-    pipe = pipes["sd"]
-    with (
-        inlay.attach(pipe, {"a": louder()}),
-        inlay.attach(pipe, {"b": louder()}),
-        pytest.raises(PlanConflict, match=r"site .*attn2: two guests attend to it"),
-    ):
-        STOCK["sd"].call(pipe)
-    assert torch.equal(STOCK["sd"].call(pipe), plain["sd"])
+def test_two_guests_that_edit_one_model_are_refused(pipes, plain):
+    with inlay.attach(pipes["sd"], {"a": louder()}):
+        with pytest.raises(PlanConflict, match="UNet2DConditionModel: two guests edit its attent"):
+            inlay.attach(pipes["img2img"].__class__(**parts(pipes["sd"])), {"b": louder()})
+        with inlay.attach(pipes["flux"], {"b": louder()}):
+            STOCK["flux"].call(pipes["flux"])
+    assert torch.equal(STOCK["sd"].call(pipes["sd"]), plain["sd"])
+
+
+def parts(pipe):
+    """What another pipeline of the same model is made of, with a scheduler of its own."""
+    made = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    return {**made, "scheduler": copy.deepcopy(pipe.scheduler), "requires_safety_checker": False}
 
 
 @pytest.mark.parametrize("event", ["post_step", "attention", "final"])
@@ -442,8 +449,7 @@ def test_another_pipeline_of_the_same_model_is_left_alone(pipes):
     from diffusers import StableDiffusionPipeline
 
     pipe = pipes["sd"]
-    parts = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
-    other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    other = StableDiffusionPipeline(**parts(pipe))
     other.set_progress_bar_config(disable=True)
     stock = STOCK["sd"].call(other)
     with inlay.attach(pipe, {"louder": louder()}):
@@ -460,3 +466,14 @@ def test_a_copied_scheduler_is_nobody_s(pipes):
         x = torch.ones(1, 4, 4, 4)
         assert own.step(x, own.timesteps[0], x).prev_sample.shape == x.shape
         assert own.step.__self__ is own and not seen
+
+
+# the page -------------------------------------------------------------------------------------
+
+
+def test_the_page_runs(tmp_path):
+    code = "\n".join(pages.blocks(pages.read("docs/guest.md"), "python"))
+    made = pages.module(code, tmp_path, "guest_page")
+    assert made.heat.max() == 1 and made.latent.shape[0] == 1
+    assert made.warmer.size == (64, 64) and made.pasted.shape == (64, 64, 3)
+    assert torch.isfinite(made.x).all() and made.x.abs().max() < 10

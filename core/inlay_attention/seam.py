@@ -44,6 +44,7 @@ class _Site:
 
 _local = _Local()
 _lock = threading.Lock()
+_entered: list[Seam] = []  # of all threads
 _sessions = 0
 _original: Any = None
 _wrapped = False  # somebody wrapped our dispatcher: installing again would call in circles
@@ -70,7 +71,8 @@ def _dispatch(
 
 class Seam:
     """Context manager around a run: hooks on `modules` (site -> module), none when there are none.
-    programs: what each site computes in the next model call; a site without one runs untouched.
+    programs: what each site computes in the next model call of this thread; a site without one runs
+    untouched, and so does the model in another thread or under a seam that was entered later.
     watch(site, program): what is called instead, to time it. compiled: the model is compiled under
     these hooks, so numbers are given as tensors.
     """
@@ -78,6 +80,7 @@ class Seam:
     def __init__(self, modules: Mapping[str, nn.Module], compiled: bool = False) -> None:
         self.modules, self.compiled = modules, compiled
         self.watch: Callable[[str, SiteProgram], Callable[..., Tensor]] | None = None
+        self.thread = threading.get_ident()
         self._sites = {name: _Site(name, self) for name in modules}
         self._stack = ExitStack()
 
@@ -89,6 +92,7 @@ class Seam:
 
     @programs.setter
     def programs(self, programs: Mapping[str, SiteProgram]) -> None:
+        self.thread = threading.get_ident()
         for name, site in self._sites.items():
             program, site.hit = programs.get(name), False
             if isinstance(program, SiteProgram):
@@ -112,12 +116,15 @@ class Seam:
 
     def _exchange(self, programs: Sequence[SiteProgram | None]) -> list[SiteProgram | None]:
         """Put the programs of all sites in place; returns those that were."""
-        before = [site.program for site in self._sites.values()]
+        before, self.thread = [site.program for site in self._sites.values()], threading.get_ident()
         for site, program in zip(self._sites.values(), programs, strict=True):
             site.program = program
         return before
 
     def __enter__(self) -> Seam:
+        with _lock:
+            _entered.append(self)
+        self._stack.callback(_entered.remove, self)
         if self.modules:
             _install()
             self._stack.callback(_uninstall)
@@ -141,12 +148,18 @@ class Seam:
         for site in self._sites.values():
             site.hit = False
 
+    def _acts(self) -> bool:
+        """Whether a call is this seam's: of its thread, and of no run inside a hook of its run."""
+        here = threading.get_ident()
+        return next((s for s in reversed(_entered) if s.thread == here), None) is self
+
     def _hook(self, name: str, module: nn.Module) -> None:
         """Mark the site while its forward runs, also when that forward raises; sites may nest."""
         site = self._sites[name]
 
         def enter(*_: Any) -> None:
-            _local.running = (site, _local.running)
+            if torch.compiler.is_compiling() or self._acts():
+                _local.running = (site, _local.running)
 
         def leave(*_: Any) -> None:
             if _local.running and _local.running[0] is site:

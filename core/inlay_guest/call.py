@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,11 +45,12 @@ class _Unknown(dict[str, Tensor]):
 class Call:
     """State of one call. thread: whose it is; steps: that its loop will make; size: (height, width)
     of its picture; run: from the first model call on; step: the evaluation that goes on, None
-    before the first and after the last; done: every step was made; finished: `final` was called."""
+    before the first and after the last; inside: plugins are being called; done: every step is
+    made; finished: `final` was called."""
 
     def __init__(self, guest: Guest, thread: int = 0) -> None:
         self.guest, self.thread, self.prompts = guest, thread, Prompts(guest.pipe)
-        self.steps, self.size, self.checking = 0, guest.size, False
+        self.steps, self.size, self.checking, self.inside = 0, guest.size, False, False
         self.run: Run | None = None
         self.step: Step | None = None
         self.done = self.finished = False
@@ -56,10 +58,14 @@ class Call:
         self._rows, self._edits = Rows(), dict[str, AttnEdits]()
         self._seam = Seam({})
 
-    @property
-    def sites(self) -> set[str]:
-        """Attention that this call edits or reads."""
-        return set(self._seam.modules)
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Plugins are called: what they do with the pipeline is not the call's."""
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
 
     def before_model(self, arguments: Mapping[str, Any]) -> None:
         """Plan at the first model call, collect edits at the first of every step, name the rows."""
@@ -144,8 +150,8 @@ class Call:
             run.words[name] = self._find(place, word)
         run.board.update(images.on_board(guest.pictures, run.size, run.device))
         self._seam = Seam({name: backbone.modules[name] for name in plan.sites})
-        guest.meet(self)
-        self._seam.__enter__()
+        if plan.sites:
+            self._seam.__enter__()
         self._tabulate(scheduler)
         self.run = run
         run.hook.inlay_prepare(run=run)

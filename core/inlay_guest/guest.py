@@ -73,6 +73,9 @@ class Guest:
             self.decide(most, near, 1, {})
         self._signature = inspect.signature(type(self.backbone.denoiser).forward)
         self._stack, self._call = ExitStack(), Call(self)
+        self._denoiser = self.backbone.denoiser
+        if self.attends:
+            self._meet()
         self._attach()
 
     def __enter__(self) -> Guest:
@@ -98,20 +101,19 @@ class Guest:
         self.plan = self.session.plan(asked, None, list(self.pictures))
         return self.plan
 
-    def meet(self, call: Call) -> None:
-        """Raises PlanConflict where another guest edits a site of this call: what two lists of
-        plugins make of one site is decided in one plan only."""
-        others = [g for g in _attached if g is not self and g._denoiser is self._denoiser]
-        for site in (s for g in others for s in g._call.sites & call.sites):
-            fix = "Hand all plugins to one `attach`."
-            raise PlanConflict("two guests attend to it", where=f"site {site}", fix=fix)
+    def _meet(self) -> None:
+        """Raises PlanConflict where another guest edits this model's attention: what two lists of
+        plugins make of it is decided in one plan only."""
+        for other in _attached:
+            if other is not self and other._denoiser is self._denoiser and other.attends:
+                problem, fix = "two guests edit its attention", "Hand all plugins to one `attach`."
+                raise PlanConflict(problem, where=type(self._denoiser).__name__, fix=fix)
 
     def _inputs(self) -> tuple[str, ...]:
         return tuple(key for kind in self.pictures for key in images.BOARD[kind])
 
     def _attach(self) -> None:
         """Stand at every place that this pipeline has."""
-        self._denoiser = self.backbone.denoiser
         places: list[tuple[Any, str, Callable[..., Any]]] = [
             (self.pipe, "check_inputs", self._check_inputs),
             (self.pipe, "encode_prompt", self._encode_prompt),
@@ -141,8 +143,9 @@ class Guest:
         self._call = Call(self, thread=threading.get_ident())
 
     def _ours(self) -> bool:
-        """Whether a call goes on, in this thread: others may use the same model meanwhile."""
-        return self._call.thread == threading.get_ident()
+        """Whether a call goes on, in this thread: others may use the same model meanwhile, and so
+        may plugins inside their events."""
+        return self._call.thread == threading.get_ident() and not self._call.inside
 
     def _check_inputs(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._start()
@@ -176,7 +179,8 @@ class Guest:
             arguments = self._signature.bind(module, *args, **kwargs).arguments
             extra = arguments.pop("kwargs", {})
             arguments.pop("self")
-            self._call.before_model({**arguments, **extra})
+            with self._call.acting():
+                self._call.before_model({**arguments, **extra})
 
     def _exit(self, module: Any, args: Any, output: Any) -> None:
         if self._ours() and self._call.run:
@@ -193,7 +197,8 @@ class Guest:
             return call(*bound.args, **bound.kwargs)
 
         t, x = (bound.arguments[name] for name in others)
-        return self._call.solve(solver, bound.arguments[first], t, x)
+        with self._call.acting():
+            return self._call.solve(solver, bound.arguments[first], t, x)
 
     def _run_safety_checker(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """It makes pictures of its own, which are nobody's."""
@@ -208,4 +213,5 @@ class Guest:
         if not (self._ours() and self._call.done and asked):
             return call(*args, **kwargs)
         given = inspect.signature(call).bind(*args, **kwargs).arguments
-        return self._call.pictures(call, given.pop("image"), **given)
+        with self._call.acting():
+            return self._call.pictures(call, given.pop("image"), **given)

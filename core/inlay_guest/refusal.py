@@ -17,6 +17,7 @@ WHY = {
     "inputs": "the pipeline makes the model's inputs",
     "combine": "the pipeline combines the predictions",
     "branch": "the pipeline decides what the model is called with",
+    "grad": "somebody else calls the model, and keeps no graph",
     "final": "a sampler ends with latents, not with pictures",
 }
 
@@ -34,6 +35,8 @@ def refuse(session: Session, request: Request, had: Collection[str]) -> bool:
             if what not in had and not own:
                 named = key if isinstance(key, str) else "/".join(key[1:])
                 raise _refused(owner, f"needs the {what} {named!r}", what)
+        if draft.grads:
+            raise _refused(owner, f"needs the gradient of lane {draft.grads[0].lane!r}", "grad")
         touched = touched or bool(draft.edits or draft.probes)
     for event in EVENTS:
         name = event.removeprefix("inlay_")
