@@ -124,6 +124,13 @@ def attention_maps(made, without):
     assert torch.equal(made.picture, without.picture)
 
 
+def guider(made, without):
+    for step in made.record.steps:
+        text, null = step.preds["edit/text"], step.preds["edit/null"]
+        added = made.record.guided[step.eval, "edit"] - null
+        assert (added * text).sum().abs() < 1e-4 * added.norm() * text.norm()
+
+
 def region(made, without):
     mask = made.board["mask:region"]
     grown = F.max_pool2d(made.board["mask:user"], 5, 1, 2)
@@ -234,5 +241,10 @@ CASES = {
         {"mask": "mask:user"},
         draws=False,
         board=("rank:scores", "rank:order"),
+    ),
+    "guider": Case(
+        "what projected guidance adds to the null prediction is orthogonal to the text prediction",
+        guider,
+        {"options": {"eta": 0.0, "adaptive_projected_guidance_rescale": 0.0}},
     ),
 }
