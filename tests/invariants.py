@@ -105,6 +105,13 @@ def pag(made, without):
         assert torch.equal(call.of(branch, call.answer(places)), call.of(branch, places))
 
 
+def guider(made, without):
+    for step in made.record.steps:
+        text, null = step.preds["edit/text"], step.preds["edit/null"]
+        added = made.record.guided[step.eval, "edit"] - null
+        assert (added * text).sum().abs() < 1e-4 * added.norm() * text.norm()
+
+
 def regional_prompts(made, without):
     tokens = made.record.run.words["regional_prompts/0"]
     for call, branch in made.record.edited("regional_prompts"):
@@ -122,13 +129,6 @@ def attention_maps(made, without):
     heat = made.board["map:cow"]
     assert (float(heat.min()), float(heat.max())) == (0.0, 1.0)
     assert torch.equal(made.picture, without.picture)
-
-
-def guider(made, without):
-    for step in made.record.steps:
-        text, null = step.preds["edit/text"], step.preds["edit/null"]
-        added = made.record.guided[step.eval, "edit"] - null
-        assert (added * text).sum().abs() < 1e-4 * added.norm() * text.norm()
 
 
 def region(made, without):
@@ -200,6 +200,11 @@ CASES = {
         pag,
         {"scale": 1.5},
     ),
+    "guider": Case(
+        "what projected guidance adds to the null prediction is orthogonal to the text prediction",
+        guider,
+        {"options": {"eta": 0.0, "adaptive_projected_guidance_rescale": 0.0}},
+    ),
     "mutual_self_attention": Case(
         "inside its window no image query of the edit gets a value of the edit's own picture",
         mutual_self_attention,
@@ -241,10 +246,5 @@ CASES = {
         {"mask": "mask:user"},
         draws=False,
         board=("rank:scores", "rank:order"),
-    ),
-    "guider": Case(
-        "what projected guidance adds to the null prediction is orthogonal to the text prediction",
-        guider,
-        {"options": {"eta": 0.0, "adaptive_projected_guidance_rescale": 0.0}},
     ),
 }
