@@ -41,6 +41,12 @@ class Call:
     args: tuple
     options: dict
 
+    @property
+    def spans(self):
+        """Keys by name."""
+        q, k, *_ = self.args
+        return self.program.spans(q.shape[2], k.shape[2])[1]
+
     def answer(self, v, without=""):
         """The site's output `R h n c` for values `R h m c`, without the edits of one plugin."""
         q, k, _, *rest = self.args
@@ -52,8 +58,7 @@ class Call:
     def share(self, branch, *marked, without=""):
         """The attention `b h n c` that the branch's image queries pay to each of `marked`: (branch,
         a span or text tokens). Exact, edits being linear in the values."""
-        q, k, *_ = self.args
-        _, keys = self.program.spans(q.shape[2], k.shape[2])
+        k, keys = self.args[1], self.spans
         v = k.new_zeros(*k.shape[:3], len(marked))
         for column, (owner, span) in enumerate(marked):
             tokens = keys[span] if isinstance(span, str) else list(span)
@@ -72,15 +77,17 @@ class Call:
 
 
 class Recorder(Plugin):
-    """Keeps every step after all folds, and every attention call; changes nothing.
+    """Keeps every step of the edit after all folds, and every attention call; changes nothing.
 
     A kept step's `unguided` is its x0 before losses moved it.
-    guided: the lane's output by (evaluation, lane) before any plugin wraps the combination.
+    guided: the lane's output by (evaluation, lane) before any plugin wraps the combination;
+    estimated: the clean estimate of the edit by evaluation, before any plugin folds it.
     """
 
     def __init__(self):
         super().__init__(name="recorder")
-        self.steps, self.calls, self.guided, self.run = [], [], {}, None
+        self.steps, self.calls, self.run = [], [], None
+        self.guided, self.estimated = {}, {}
 
     @contextmanager
     def watch(self, session, seam):
@@ -105,11 +112,17 @@ class Recorder(Plugin):
         self.guided[step.eval, lane] = output
         return output
 
+    @hookimpl(tryfirst=True)
+    def inlay_denoised(self, step):
+        if "edit" in step.lanes:
+            self.estimated[step.eval] = step.x0["edit"]
+
     @hookimpl
     def inlay_observe(self, run, step):
-        kept = copy.copy(step)
-        kept.x, kept.unguided = dict(step.x), dict(run.unguided)
-        self.steps.append(kept)
+        if step.pass_ == "edit":
+            kept = copy.copy(step)
+            kept.x, kept.unguided = dict(step.x), dict(run.unguided)
+            self.steps.append(kept)
 
     def edited(self, plugin):
         """(call, branch) of every place that the plugin edited. Raises when there is none."""

@@ -7,11 +7,12 @@ check is called as `holds(made, without)`: the run of a pair, and the run withou
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
+from inlay.backbones import text
 from inlay_plugins import masks
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
@@ -154,6 +155,80 @@ def rank(made, without):
     assert (made.board["rank:scores"].diff() >= 0).all()
 
 
+def extending_augmentations(made, without):
+    augment, mask = made.board["augment:clip"], torch.ones(1, 1, 1, 1)
+    copies = [augment(made.picture, mask, 16, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*copies) and len(copies[0]) == 3 * len(made.picture)
+    assert torch.equal(copies[0][:1], F.adaptive_avg_pool2d(made.picture, 16))
+
+
+LOSSES = ("clip_guidance", "range_loss", "background_loss")
+
+
+def guided_by(plugin):
+    """The estimate moves against the slope of the loss, added to those of other plugins."""
+
+    def holds(made, without):
+        run, (step,) = made.record.run, [s for s in made.record.steps if s.index == 1]
+        run.hook.inlay_begin(run=run, pass_="none", x={})  # draws of augmentations begin again
+        x0 = step.unguided["edit"]
+        slopes = {name: torch.zeros_like(x0) for name in (plugin, *LOSSES)}
+        for name in (name for name in LOSSES if name in made.plugins):
+            with torch.enable_grad():
+                leaf = x0.detach().requires_grad_()
+                looked = replace(step, x=step.x)
+                looked.x0.offer("edit", leaf)
+                (loss,) = run.hook_of("inlay_objective", name)(run=run, step=looked, lane="edit")
+                (slopes[name],) = torch.autograd.grad(loss.sum(), leaf)
+        assert slopes[plugin].abs().max() > 0
+        scale = step.frame.sigma**2 / step.frame.alpha**2
+        torch.testing.assert_close(x0 - step.x0["edit"], scale * sum(slopes.values()), **CLOSE)
+
+    return holds
+
+
+def prompt_to_prompt(made, without):
+    run = made.record.run
+    cow = text.find(run.conds["edit/text"], "cow")
+    tokens = range(len(run.conds["source/text"].tokens))
+    for call, branch in made.record.edited("prompt_to_prompt"):
+        if "text" in call.spans:
+            twins = run.board["columns:edit"](call.step).matrix[: len(tokens), list(cow)]
+            theirs = call.share("source/text", *(("source/text", (token,)) for token in tokens))
+            ours = call.share(branch, *((branch, (token,)) for token in cow))
+            torch.testing.assert_close(ours, theirs @ twins.to(theirs), **CLOSE)
+
+
+def local_blend(made, without):
+    last, run = made.record.steps[-1], made.record.run
+    outside = run.backbone.from_grid(made.board["mask:local_blend"]) == 0
+    outside = outside.expand_as(last.x_next["edit"])
+    assert outside.any()
+    assert torch.equal(last.x_next["edit"][outside], last.x_next["source"][outside])
+
+
+def sdedit(made, without):
+    (step,) = (step for step in made.record.steps if step.index == 1)
+    noise = made.record.run.x_T["edit", "edit"]
+    assert torch.equal(step.x["edit"], step.frame.noise(made.board["latent:source"], noise))
+
+
+def flow_edit(made, without):
+    run, clean = made.record.run, made.board["latent:source"]
+    first, *later = (step for step in made.record.steps if "flow_source" in step.lanes)
+    assert torch.equal(first.x["edit"], first.x["flow_source"])
+    for step in (first, *later):
+        noise = run.noise(f"flow_edit/flow_source/{step.eval}", clean.shape)
+        assert torch.equal(step.x["flow_source"], step.frame.noise(clean, noise))
+
+
+def rf_inversion(made, without):
+    first = made.record.steps[0]
+    estimate, clean = made.record.estimated[first.eval], made.board["latent:source"]
+    assert torch.equal(first.x["edit"], made.record.run.finals["rf_inversion"]["edit"])
+    torch.testing.assert_close(first.x0["edit"], estimate + 0.9 * (clean - estimate))
+
+
 CASES = {
     "source_trajectory": Case(
         "at every step the lane `source` is the source picture at that step's noise level",
@@ -246,5 +321,56 @@ CASES = {
         {"mask": "mask:user"},
         draws=False,
         board=("rank:scores", "rank:order"),
+    ),
+    "extending_augmentations": Case(
+        "of each picture the first copy is untouched, and a seed repeats the others",
+        extending_augmentations,
+        {"copies": 3},
+        ("clip_guidance",),
+        board=("augment:clip",),
+    ),
+    "clip_guidance": Case(
+        "the clean estimate moves against the slope of its loss, added to those of other plugins",
+        guided_by("clip_guidance"),
+        {"active": [1, 1], "through": "x0", "scale": 100.0},
+    ),
+    "range_loss": Case(
+        "the clean estimate moves against the slope of its loss, added to those of other plugins",
+        guided_by("range_loss"),
+        {"active": [1, 1], "through": "x0", "scale": 1e4, "limit": 0.3},
+    ),
+    "background_loss": Case(
+        "the clean estimate moves against the slope of its loss, added to those of other plugins",
+        guided_by("background_loss"),
+        {"active": [1, 1], "through": "x0", "lpips": 0.0},
+        ("source_trajectory",),
+    ),
+    "prompt_to_prompt": Case(
+        "the picture pays each token what the source's picture pays to its twin",
+        prompt_to_prompt,
+    ),
+    "local_blend": Case(
+        "after its steps the latent outside its mask is the source lane's, bit for bit",
+        local_blend,
+        {"words": "cow", "source_words": "view"},
+        board=("mask:local_blend",),
+    ),
+    "sdedit": Case(
+        "at its first step the edit is the source picture, noised, bit for bit",
+        sdedit,
+        {"strength": 0.75},
+        ("source_trajectory",),
+    ),
+    "flow_edit": Case(
+        "it starts at the source, and the lane beside it is the source under noise drawn anew",
+        flow_edit,
+        {"n_max": 3},
+        ("source_trajectory",),
+    ),
+    "rf_inversion": Case(
+        "it starts from the inverted source, and goes its share of the way back to it in each step "
+        "of its window",
+        rf_inversion,
+        companions=("source_trajectory",),
     ),
 }

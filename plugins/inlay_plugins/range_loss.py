@@ -19,9 +19,11 @@ class RangeLoss(Plugin):
 
     @dataclass
     class Config:
-        """scale: of the loss; published: 50. active: when. through: see clip_guidance."""
+        """scale: of the loss; published: 50. limit: half the range; published: 1. active: when.
+        through: see clip_guidance."""
 
         scale: float = 50.0
+        limit: float = 1.0
         active: Any = field(default_factory=lambda: [0.0, 1.0])
         through: Literal["model", "x0"] = "model"
 
@@ -36,4 +38,5 @@ class RangeLoss(Plugin):
         if lane != "edit":
             return None
         picture = views.view(run, step, lane, "x0")
-        return self.cfg.scale * (picture - picture.clamp(-1, 1)).square().mean((1, 2, 3))
+        beyond = picture - picture.clamp(-self.cfg.limit, self.cfg.limit)
+        return self.cfg.scale * beyond.square().mean((1, 2, 3))
