@@ -56,6 +56,19 @@ def around(denoiser: Callable[[], Any], pipeline: str) -> Callable[[], Any]:
     return build
 
 
+def controlled() -> Any:
+    """Stable Diffusion with a ControlNet of random weights."""
+    parts = models.stable_diffusion().components
+    parts.pop("image_encoder")
+    torch.manual_seed(1)
+    extra = diffusers.ControlNetModel.from_unet(
+        parts["unet"], conditioning_embedding_out_channels=(8, 8)
+    )
+    torch.nn.init.normal_(extra.controlnet_mid_block.weight)
+    build = diffusers.StableDiffusionControlNetPipeline
+    return build(**parts, controlnet=extra, requires_safety_checker=False)
+
+
 def rebuilt(pipeline: str, build: Callable[[], Any]) -> Callable[[], Any]:
     """The same parts in another pipeline."""
     return lambda: getattr(diffusers, pipeline)(
@@ -87,6 +100,7 @@ STOCK = {
         rebuilt("StableDiffusionInpaintPipeline", models.stable_diffusion),
         {"guidance_scale": 3.0, "mask_image": MASK, "height": 32, "width": 32, **FROM},
     ),
+    "controlnet": Stock(controlled, {"guidance_scale": 3.0, "image": PICTURE}),
     "flux img2img": Stock(
         rebuilt("FluxImg2ImgPipeline", models.flux), {**FLUX, **FROM}, pooled=True
     ),

@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,12 @@ import inlay
 import pages
 from folders import save_flux
 from guests import MASK, PICTURE, SEED, STEPS, STOCK
-from inlay import ConfigError, InputError, ModelError, PlanConflict, PluginError
+from inlay import ConfigError, InputError, ModelError, PlanConflict, PluginError, backbones
 from inlay_plugins.attention_maps import AttentionMaps
 from inlay_plugins.latent_blend import LatentBlend
 from inlay_plugins.paste_back import PasteBack
 from inlay_plugins.reweight import Reweight
-from models import conds
+from models import conds, pixel
 from spies import Editor, Spy, plugin
 
 SESSIONS = {"sd": {"guidance": 3.0}, "sdxl": {"guidance": 3.0}, "sd3": {"guidance": 3.0},
@@ -170,6 +171,18 @@ def test_words_are_found_with_the_pipeline_s_own_tokenizer(written):
     assert guest.plan.request.prompt["edit"] == "a dog on a road"
 
 
+def test_words_are_weighed_on_a_unet_too():
+    pipe = backbones.load(inlay.resolve_model("toybox/sd"), device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    weigh = {"reweight": {"words": {"kite": 3.0}}}
+    asked = {"guidance_scale": 3.0, "height": 64, "width": 64, "num_inference_steps": STEPS}
+    with inlay.attach(pipe, weigh) as guest:
+        pipe("a kite in the sky", negative_prompt="a cow", **asked | seeded("latent"))
+    prompt = {"edit": "a kite in the sky", "negative": "a cow"}
+    ours = inlay.Session(pipe, weigh).run(prompt, guidance=3.0, size=64, steps=STEPS, seed=SEED)
+    assert torch.equal(guest.result.latents["edit"], ours.latents["edit"])
+
+
 def test_maps_of_words_are_on_the_board(written):
     pipe, options = written
     maps = {"maps": AttentionMaps(AttentionMaps.Config(words=["dog"], steps=[1]))}
@@ -303,6 +316,42 @@ def test_the_safety_checker_s_pictures_are_not_composed(pipes):
         assert times == [1] and pipe.run_safety_checker is check
     finally:
         del pipe.run_safety_checker
+
+
+@pytest.mark.parametrize(
+    "solver", ["HeunDiscrete", "PNDM", "EulerAncestralDiscrete", "UniPCMultistep"]
+)
+def test_evaluations_are_the_session_s_under_every_solver(solver):
+    pipe, seen = STOCK["sd"].pipe(), ([], [])
+    pipe.scheduler = getattr(diffusers, f"{solver}Scheduler").from_config(pipe.scheduler.config)
+
+    def plugins(log):
+        def watch(step):
+            log.append((step.index, step.eval, step.last_eval, float(step.t), step.frame.sigma))
+
+        return {"watch": plugin(observe=watch), "louder": louder(active=[1, 2])}
+
+    with inlay.attach(pipe, plugins(seen[0])):
+        made = STOCK["sd"].call(pipe, num_inference_steps=5)
+    run = inlay.Session(pipe, plugins(seen[1])).run
+    ours = run(conds=conds(), steps=5, seed=SEED, guidance=3.0)
+    assert torch.equal(made, ours.images["edit"]) and seen[0] == seen[1]
+
+
+def test_a_model_without_prompts_is_one_branch():
+    pipe, finals = pixel(), []
+    pipe.set_progress_bar_config(disable=True)
+
+    def call():
+        generator = torch.Generator().manual_seed(SEED)
+        return pipe(generator=generator, num_inference_steps=STEPS, output_type="np").images
+
+    plain = call()
+    end = plugin(final=lambda result: finals.append(list(result.images)))
+    with inlay.attach(pipe, {"edit": Editor(active=[0]), "end": end}) as guest:
+        made = call()
+    assert (made != plain).any() and (call() == plain).all()
+    assert finals == [[]] and guest.result.latents["edit"].shape == (1, 3, 16, 16)
 
 
 # what is refused before the call --------------------------------------------------------------
@@ -446,10 +495,8 @@ def test_a_session_of_the_same_pipeline_is_left_alone(pipes):
 
 
 def test_another_pipeline_of_the_same_model_is_left_alone(pipes):
-    from diffusers import StableDiffusionPipeline
-
     pipe = pipes["sd"]
-    other = StableDiffusionPipeline(**parts(pipe))
+    other = diffusers.StableDiffusionPipeline(**parts(pipe))
     other.set_progress_bar_config(disable=True)
     stock = STOCK["sd"].call(other)
     with inlay.attach(pipe, {"louder": louder()}):

@@ -71,15 +71,18 @@ class Call:
         """Plan at the first model call, collect edits at the first of every step, name the rows."""
         if self.run is None:
             self._begin(arguments)
-        if self.step is None or self.run is None or not self._seam.modules:
+        if self.step is None or self.run is None:
             return
-        rows = self.prompts.name(arguments)
-        for branch in rows:
+        try:
+            self._rows = self.prompts.name(arguments)
+        except ModelError:
+            if self._seam.modules:
+                raise
+        for branch in self._rows if self._seam.modules else ():
             length = self.run.conds[branch].embeds.shape[1]
             self.guest.backbone.look(arguments, length, self.run.size)
         self._edits = self._edits or collect_edits(self.run, self.run.plan.passes[-1], self.step)
-        self._rows = rows
-        self._seam.programs = site_programs(self.run, self.step, rows, self._edits)
+        self._seam.programs = site_programs(self.run, self.step, self._rows, self._edits)
 
     def after_model(self, output: Any) -> None:
         """output: what the model returned, None where it raised."""
