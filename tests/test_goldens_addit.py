@@ -99,6 +99,7 @@ def insert(  # one call of the whole method, as the published pipeline's argumen
     dtype=torch.float32,
     skip=False,
     mask=None,
+    gamma_options=None,
 ):
     common, _ = golden("addit_common")
     tokens = ["▁dog" if piece == subject else piece for piece in TOKENS]  # the last piece alone
@@ -121,7 +122,8 @@ def insert(  # one call of the whole method, as the published pipeline's argumen
     if structure is not None:
         plugins["structure_transfer"] = {"step": structure}
     windows = {"double": double, "single": single}
-    plugins["weighted_attention"] = {"gamma": gamma, "windows": windows}
+    options = {"gamma": gamma, "windows": windows} | (gamma_options or {})
+    plugins["weighted_attention"] = options
     if blend:
         plugins["subject_mask"] = {"subject": subject, "step": blend[0], "mode": mode}
         plugins["subject_mask"]["sites"] = RECORDED
@@ -149,11 +151,11 @@ def run_4096(case, **options):
         64,
         hyper["N"],
         dict(zip(("source", "edit"), hyper["guidance"], strict=True)),
-        hyper["extended_scale"],
+        options.pop("gamma", hyper["extended_scale"]),
         hyper["extended_steps_double"],
         hyper["extended_steps_single"],
         hyper["structure_transfer_step"],
-        card["blend_steps"],
+        card.get("blend_steps", ()),
         **options,
     )
     return record, result, stored, card
@@ -436,6 +438,17 @@ def test_run_real_interp():
     record, result, stored, card = run_4096("addit_run_real_interp", latent=latent)
     check_latents(record, stored["latents_after_step"], card["stored_steps"], 2e-6)
     check_mask(result, stored["mask_otsu"])
+
+
+@pytest.mark.parametrize("mode", ["fixed", pytest.param("reference", marks=pytest.mark.goldens)])
+def test_run_automatic_gamma(mode):
+    """The same root, found on the edit's rows alone; in fixed mode step 5 is made with it."""
+    latent = golden("addit_common")[0]["x_src_real"]
+    options = {"gamma": "auto", "gamma_options": {"mode": mode}}
+    record, result, stored, _ = run_4096("addit_autogamma", latent=latent, **options)
+    assert abs(result.board["scale:gamma"] - float(stored["root_xtol_1e_2"])) < 1e-4
+    for step, latents in zip((5, 7), stored[f"{mode}_latents_after_step"], strict=True):
+        assert rel(record.after[step][1, ::8], latents) < 5e-6
 
 
 @pytest.mark.goldens

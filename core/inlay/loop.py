@@ -128,10 +128,13 @@ def evaluate(
         raise PluginError("prompts differ in length", where="run.evaluate", fix="Give equal ones.")
     kept, found = dict(run.seam.programs), dict[str, Tensor]()
     groups = next(p.groups for p in run.plan.passes if p.name == step.pass_)
-    for rows in (Rows.of({b: len(x[b]) for b in group if b in x}) for group in groups):
-        if rows:
-            found |= call(run, step, rows, shown, {**run.conds, **(conds or {})}, programs or {})
-    run.seam.programs = kept
+    try:
+        for rows in (Rows.of({b: len(x[b]) for b in group if b in x}) for group in groups):
+            if rows:
+                given = {**run.conds, **(conds or {})}
+                found |= call(run, step, rows, shown, given, programs or {})
+    finally:  # a program may have had enough
+        run.seam.programs = kept
     return found
 
 
