@@ -190,9 +190,13 @@ def load(name: str, config: str = "", device: str = "cpu") -> Segmenter:
         if not folder.is_dir():
             fix = f"Name one of {', '.join(HUB)}, a folder, or a checkpoint file."
             raise ModelError(f"'{name}' is no SAM 2 of the hub", where="segmenter", fix=fix)
-        model = build(folder / CONFIG)
-        return _predictor(_filled(model, folder / WEIGHTS, CONFIG), device)
-    return _predictor(_filled(build_sam2(config, device="cpu"), file, Path(config).stem), device)
+        values = _values(folder / WEIGHTS)
+        return _predictor(build(folder / CONFIG), values, folder / WEIGHTS, device)
+    values = _values(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # hydra's, of the package's own configuration
+        model = build_sam2(config, device="cpu")
+    return _predictor(model, values, file, device)
 
 
 def configurations() -> dict[str, str]:
@@ -232,9 +236,7 @@ def build(file: Path) -> Any:
         if value and key in REFUSED:
             raise ModelError(f"'{key}' cannot be set: {REFUSED[key]}", where=where)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # hydra's, that classes by name may be anything
-            return instantiate(OmegaConf.create(given), _recursive_=True).eval()
+        return instantiate(OmegaConf.create(given), _target_whitelist_=sorted(known)).eval()
     except (InstantiationException, AttributeError) as error:
         raise ModelError(f"SAM 2 cannot be built: {error}", where=where) from error
 
@@ -260,32 +262,32 @@ def _downloaded(name: str, file: str) -> Path:
         raise ModelError(f"'{name}' cannot be had: {reason}", where="segmenter", fix=fix) from error
 
 
-def _filled(model: Any, file: Path, config: str) -> Any:
-    """The model with a checkpoint's values. Raises ModelError: none there, or of other shapes."""
+def _values(file: Path) -> dict[str, Tensor]:
+    """A checkpoint's values by name. Raises ModelError when it is not there, or none."""
     try:
         if file.suffix == ".safetensors":
-            state = {key: value.float() for key, value in load_file(file).items()}
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+            return {key: value.float() for key, value in load_file(file).items()}
+        values: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)["model"]
+        return values
     except FileNotFoundError as error:
         raise ModelError("there is no such checkpoint", where=str(file)) from error
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, TypeError,
             OSError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"no checkpoint of SAM 2: {reason}", where=str(file)) from error
+
+
+def _predictor(model: Any, values: dict[str, Tensor], file: Path, device: str) -> Sam2:
+    """The model with a checkpoint's values. Raises ModelError when they do not fit."""
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(values)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         fix = "Name the configuration that it was trained with."
-        problem = f"the checkpoint does not fit {config}: {reason}"
+        problem = f"the checkpoint does not fit its configuration: {reason}"
         raise ModelError(problem, where=str(file), fix=fix) from error
-    return model
-
-
-def _predictor(model: Any, device: str) -> Sam2:
-    from sam2.sam2_image_predictor import SAM2ImagePredictor
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
         predictor = SAM2ImagePredictor(model.to(device).eval().requires_grad_(False))
