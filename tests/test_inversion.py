@@ -1,5 +1,7 @@
 """Solvers from clean to noise: against a written-out reference, diffusers, and their round trip."""
 
+from itertools import pairwise
+
 import diffusers
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_rf_solver_is_the_explicit_midpoint():
     sigmas, x = base.sigmas.flip(0), CLEAN
     path = climb(MidpointInverter(base, reuse=False), CLEAN)
     assert len(path) == 13
-    for k, (low, high) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for k, (low, high) in enumerate(pairwise(sigmas)):
         middle = x + (high - low) / 2 * slope(x, 1000 * low)
         x = x + (high - low) * slope(middle, 500 * (low + high))
         torch.testing.assert_close(path[2 * k + 2], x)
@@ -55,7 +57,7 @@ def test_fireflow_reuses_the_slope_halfway_through_the_step_before():
     sigmas, x = base.sigmas.flip(0), CLEAN
     path, v = climb(MidpointInverter(base, reuse=True), CLEAN), slope(CLEAN, 0)
     assert len(path) == 8
-    for k, (low, high) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for k, (low, high) in enumerate(pairwise(sigmas)):
         v = slope(x + (high - low) / 2 * v, 500 * (low + high))
         x = x + (high - low) * v
         torch.testing.assert_close(path[k + 2], x)

@@ -1,13 +1,14 @@
-"""Options that speak of steps: one step, and a number that changes over the steps. No hooks."""
+"""Options that speak of steps: one step, where image-to-image starts, and a number that changes
+over the steps. No hooks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inlay import ConfigError
+from inlay import ConfigError, Frame
 
 
 def step_index(value: Any, total: int, where: str) -> int:
@@ -22,6 +23,42 @@ def step_index(value: Any, total: int, where: str) -> int:
         fix = f"Use 0..{total - 1}, or progress from 0.0 to below 1.0."
         raise ConfigError(f"step {value} is outside a run of {total} steps", where=where, fix=fix)
     return index
+
+
+def img2img_start(
+    strength: float | None,
+    sigma: float | None,
+    levels: Sequence[tuple[int, Frame]],
+    total: int,
+    where: str,
+) -> int:
+    """The first step of image-to-image, of a run of `total` whose evaluations are `levels`.
+
+    strength: the share of steps that are made, counted as diffusers does (up for a flow model, else
+    down); half where both are None. sigma: the first step at this noise or below. Raises
+    ConfigError for both, where no step is left, and where `levels` are not known.
+    """
+    if strength is not None and sigma is not None:
+        problem = "strength and sigma both say where to start"
+        raise ConfigError(problem, where=where, fix="Give one of them.")
+    if not levels:
+        fix = "Run it in a session of its own."
+        raise ConfigError("the noise levels are not known beforehand", where=where, fix=fix)
+    if sigma is not None:
+        found = [step for step, frame in levels if float(frame.sigma) <= sigma + 1e-6]
+        if not found:
+            last = float(levels[-1][1].sigma)
+            fix = f"The last one starts at {last:.3g}: raise sigma, or steps."
+            raise ConfigError(
+                f"no step starts at {sigma} or below", where=f"{where}.sigma", fix=fix
+            )
+        return found[0]
+    made = total * (0.5 if strength is None else strength)
+    if not 1 <= made <= total:
+        problem = f"{strength} of {total} steps is no step at all, or too many"
+        fix = f"Use {1 / total:.2g} to 1.0, or more steps."
+        raise ConfigError(problem, where=f"{where}.strength", fix=fix)
+    return int(total - made) if levels[0][1].space == "flow" else total - int(made)
 
 
 @dataclass(frozen=True)

@@ -96,13 +96,13 @@ class SourceTrajectory(Plugin):
 
     @hookimpl
     def inlay_begin(self, run: Run, pass_: str, x: dict[str, Tensor]) -> None:
+        if "source" in run.finals and "latent:source" not in run.board:  # regenerated
+            run.board["latent:source"] = run.finals["source"]["source"]
+            self._kept.append(run.board["latent:source"])
         if pass_ == "invert":
             x["source"] = run.board["latent:source"]
             self._kept.append(x["source"])
         elif pass_ == "edit":
-            if self.provide == "regenerate":
-                run.board["latent:source"] = run.finals["source"]["source"]
-                self._kept.append(run.board["latent:source"])
             run.board["trajectory:source"] = self._trajectory(run)
 
     @hookimpl
