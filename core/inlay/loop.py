@@ -126,13 +126,11 @@ def evaluate(
         raise PluginError(problem, where="run.evaluate", fix="Declare more by need.evaluations.")
     if run.lengths:
         raise PluginError("prompts differ in length", where="run.evaluate", fix="Give equal ones.")
-    kept, found = dict(run.seam.programs), dict[str, Tensor]()
+    given, kept, found = {**run.conds, **(conds or {})}, run.seam.programs, dict[str, Tensor]()
     groups = next(p.groups for p in run.plan.passes if p.name == step.pass_)
     try:
         for rows in (Rows.of({b: len(x[b]) for b in group if b in x}) for group in groups):
-            if rows:
-                given = {**run.conds, **(conds or {})}
-                found |= call(run, step, rows, shown, given, programs or {})
+            found |= call(run, step, rows, shown, given, programs or {}) if rows else {}
     finally:  # a program may have had enough
         run.seam.programs = kept
     return found
@@ -177,13 +175,13 @@ def site_programs(
 
 def observe(run: Run, step: Step) -> None:
     """Observers and the progress callback see the step after all folds, read-only."""
-    if run.hook.inlay_observe.get_hookimpls():
-        seen = copy.copy(step)
-        for name in ("x", "x0", "x_next", "output", "preds"):
-            setattr(seen, name, MappingProxyType(getattr(step, name)))
-        run.hook.inlay_observe(run=run, step=seen)
+    seen = copy.copy(step)
+    for name in ("x", "x0", "x_next", "output", "preds"):
+        setattr(seen, name, MappingProxyType(getattr(step, name)))
+    run.hook.inlay_observe(run=run, step=seen)
     if run.callback:
         here = [run.plan.allowed.get((step.pass_, s, step.index), ()) for s in run.plan.sites]
         active = {plugin for edits in here for plugin, *_ in edits}
         told = {"kind": "step", "pass": step.pass_, "step": step.index, "steps": step.total}
-        run.callback({**told, "sigma": float(step.frame.sigma), "active": sorted(active)})
+        told |= {"sigma": float(step.frame.sigma), "active": sorted(active)}
+        run.callback({**told, "run": run, "seen": seen})

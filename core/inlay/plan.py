@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .backbones import Backbone
 
 Active = Window | Iterable[int] | None
+Through = Literal["model", "x0"]
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,7 @@ class Needs:
         self._draft.probes.append(probe)
         self.word(name, branch, word)
 
-    def grad(
-        self, lane: str = "edit", active: Active = None, through: Literal["model", "x0"] = "model"
-    ) -> None:
+    def grad(self, lane: str, active: Active = None, through: Through = "model") -> None:
         """A loss of `lane` will be said in `active`. through: the model, or x0 alone, which spares
         the model's backward and takes its prediction as it is."""
         self._draft.grads.append(DeclaredGrad(self.owner, lane, self.active(active), through))

@@ -12,7 +12,7 @@ from inlay_config.errors import InputError
 from inlay_config.images import safe_join
 
 # In the order in which they appear: a manifest says that all the rest is there.
-CONTENTS = ("images", "masks", "sheet.png", "profile.md", "manifest.json")
+CONTENTS = ("images", "masks", "sheet.png", "profile.md", "manifest.json", "film.png", "film.webp")
 
 
 def resolve(name: str) -> Path:

@@ -32,6 +32,10 @@ def run(
         bool,
         typer.Option("--profile", help="Write profile.md: time per event, plugin and site."),
     ] = False,
+    trace_images: Annotated[
+        bool,
+        typer.Option("--trace-images", help="Write film.png and film.webp: every step's pictures."),
+    ] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run experiments; write images, masks, manifest.json and a contact sheet."""
@@ -52,7 +56,8 @@ def run(
     folders = {name: root if asked and len(jobs) == 1 else root / name for name in jobs}
     for folder in folders.values():
         output.check(folder)
-    reports = [_run(job, folders[name], profile, quiet=as_json) for name, job in jobs.items()]
+    shown = {"profile": profile, "film": trace_images, "quiet": as_json}
+    reports = [_run(job, folders[name], **shown) for name, job in jobs.items()]
     if len(jobs) > 1:
         _stack_sheets(list(folders.values()), root)
     if as_json:
@@ -66,8 +71,9 @@ def _expand(names: list[str]) -> list[str]:
     return [each for name in names for each in inside[name] or [name]]
 
 
-def _run(job: Experiment, folder: Path, profile: bool, quiet: bool) -> dict[str, Any]:
+def _run(job: Experiment, folder: Path, profile: bool, film: bool, quiet: bool) -> dict[str, Any]:
     from inlay.cli.experiment import execute
+    from inlay.cli.film import Film
     from inlay.cli.output import staged
     from inlay.cli.progress import Progress
     from inlay.cli.sheet import contact_sheet
@@ -77,10 +83,18 @@ def _run(job: Experiment, folder: Path, profile: bool, quiet: bool) -> dict[str,
     hush_loading_bars()
     with staged(folder) as stage:
         with Progress(quiet) as progress:
-            tracer = Tracer() if profile else None
-            result = execute(job, progress.update, tracer)
+            tracer, roll = Tracer() if profile else None, Film() if film else None
+
+            def told(event: dict[str, Any]) -> None:
+                progress.update(event)
+                if roll:
+                    roll.update(event)
+
+            result = execute(job, told, tracer)
         result.save(stage)
         save(contact_sheet(result, job), stage / "sheet.png")
+        if roll:
+            roll.save(stage)
         if tracer:
             (stage / "profile.md").write_text(tracer.table(), encoding="utf-8")
     if not quiet:
