@@ -26,10 +26,7 @@ from .lowering import SiteProgram
 class _Local(threading.local):
     """running: (site, what was running around it) of this thread, and nothing else."""
 
-    running: tuple[_Site, Any] | None
-
-    def __init__(self) -> None:
-        self.running = None
+    running: tuple[_Site, Any] | None = None
 
 
 class _Site:
@@ -71,10 +68,9 @@ def _dispatch(
 
 class Seam:
     """Context manager around a run: hooks on `modules` (site -> module), none when there are none.
-    programs: what each site computes in the next model call of this thread; a site without one runs
-    untouched, and so does the model in another thread or under a seam that was entered later.
-    watch(site, program): what is called instead, to time it. compiled: the model is compiled under
-    these hooks, so numbers are given as tensors.
+    programs: what each site computes in the next model call of this thread; without one it runs
+    untouched, as under a seam that was entered later. watch(site, program): what is called instead,
+    to time it. compiled: the model is compiled under these hooks: numbers are given as tensors.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], compiled: bool = False) -> None:
@@ -87,12 +83,10 @@ class Seam:
     @property
     def programs(self) -> Mapping[str, SiteProgram]:
         """Read only; assigning a mapping exchanges all of them."""
-        held = {name: site.program for name, site in self._sites.items()}
-        return MappingProxyType({name: p for name, p in held.items() if p is not None})
+        return MappingProxyType({n: s.program for n, s in self._sites.items() if s.program})
 
     @programs.setter
     def programs(self, programs: Mapping[str, SiteProgram]) -> None:
-        self.thread = threading.get_ident()
         for name, site in self._sites.items():
             program, site.hit = programs.get(name), False
             if isinstance(program, SiteProgram):
@@ -122,8 +116,7 @@ class Seam:
         return before
 
     def __enter__(self) -> Seam:
-        with _lock:
-            _entered.append(self)
+        _entered.append(self)
         self._stack.callback(_entered.remove, self)
         if self.modules:
             _install()
@@ -139,8 +132,7 @@ class Seam:
 
     def check(self) -> None:
         """After a model call. Raises SeamMissed for a site whose program was not reached in it."""
-        missed = [name for name, s in self._sites.items() if s.program is not None and not s.hit]
-        for name in missed:
+        for name in (n for n, s in self._sites.items() if s.program is not None and not s.hit):
             processor = type(getattr(self.modules[name], "processor", None)).__name__
             problem = f"its processor {processor} never called scaled_dot_product_attention"
             fix = 'Call model.set_attention_backend("native"), or use AttnProcessor2_0.'
@@ -150,8 +142,7 @@ class Seam:
 
     def _acts(self) -> bool:
         """Whether a call is this seam's: of its thread, and of no run inside a hook of its run."""
-        here = threading.get_ident()
-        return next((s for s in reversed(_entered) if s.thread == here), None) is self
+        return self is next((s for s in _entered[::-1] if s.thread == threading.get_ident()), None)
 
     def _hook(self, name: str, module: nn.Module) -> None:
         """Mark the site while its forward runs, also when that forward raises; sites may nest."""
