@@ -73,6 +73,16 @@ def test_the_shipped_segmenter_finds_the_object_and_is_the_toyboxs(scene):
     assert not segmentation.segment(found, picture, []).any()
 
 
+def test_of_several_answers_one_is_taken():
+    part, whole = torch.zeros(8, 8, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)
+    part[2:4, 2:4], whole[1:7, 1:7] = True, True
+    seen, quality = torch.stack([part, whole]), torch.tensor([0.9, 0.6])
+    assert torch.equal(segmentation.best(Hint([(3, 3)]), seen, quality), part)
+    rough = torch.full((4, 4), -1.0)
+    rough[1:3, 1:3] = 1.0
+    assert torch.equal(segmentation.best(Hint([(3, 3)], logits=rough), seen, quality), whole)
+
+
 def checkpoint(folder: Path, values: object, name: str = "sam2.pt") -> str:
     torch.save(values, folder / name)
     return str(folder / name)
@@ -326,8 +336,14 @@ def test_the_fetched_pair_masks_photographs(monkeypatch, tmp_path):
     for name, (hint, inside, outside, least) in PHOTOGRAPHS.items():
         picture = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1) / 255
         ((seen, quality),) = found.answers(picture, [hint])
-        mask = seen[quality.argmax()]
+        mask = segmentation.best(hint, seen, quality)
         assert quality.max() > least, name
         assert mask.shape == picture.shape[-2:]
         assert all(mask[y, x] for x, y in inside), name
         assert not any(mask[y, x] for x, y in outside), name
+        coarse = masks.minmax(masks.blur(masks.resize(mask[None, None].float(), (32, 32))))
+        area = masks.otsu(coarse)
+        clicks = masks.points(coarse, area, mask.shape)
+        rough = Hint(clicks[:1], logits=masks.log_odds(coarse, area)[0, 0])
+        for told in (Hint(clicks), Hint(box=masks.box(area, mask.shape)), rough):
+            assert iou(segmentation.segment(found, picture, [told]), mask) > 0.8, (name, told)

@@ -139,12 +139,23 @@ class OnnxSam2:
 def segment(
     segmenter: Segmenter, picture: Tensor, hints: Sequence[Hint], union: bool = False
 ) -> Tensor:
-    """What the hints point at, all together, bool `h w`; of several answers to a hint the one that
-    the model thinks best, or with `union` all of them."""
+    """What the hints point at, all together, bool `h w`; of several answers to a hint the `best`,
+    or with `union` all of them."""
     mask = torch.zeros(picture.shape[-2:], dtype=torch.bool)
-    for seen, quality in segmenter.answers(picture, hints) if hints else ():
-        mask |= seen.any(0) if union else seen[quality.argmax()]
+    answers = segmenter.answers(picture, hints) if hints else []
+    for hint, (seen, quality) in zip(hints, answers, strict=True):
+        mask |= seen.any(0) if union else best(hint, seen, quality)
     return mask
+
+
+def best(hint: Hint, seen: Tensor, quality: Tensor) -> Tensor:
+    """Of the answers `m h w` to a hint the one `h w` that the model thinks best; of those to a
+    rough mask the one that overlaps it most, as a part of the object may be drawn better."""
+    if hint.logits is None:
+        return seen[quality.argmax()]
+    rough = masks.resize_bilinear(hint.logits[None, None].float().cpu(), seen.shape[-2:])[0] > 0
+    overlap = (seen & rough).flatten(1).sum(1) / (seen | rough).flatten(1).sum(1)
+    return seen[overlap.argmax()]
 
 
 def check(name: str, config: str, where: str) -> None:
