@@ -273,10 +273,14 @@ def _grouped(attend: Callable[[_Read], Tensor], jobs: Sequence[_Read | Tensor]) 
             shape = (job.q.shape[2], job.k.shape[2], job.mask is None)
             groups.setdefault(shape, []).append((i, job))
     for members in groups.values():
+        if len(members) == 1:
+            ((i, read),) = members
+            outputs[i] = attend(read)
+            continue
         counts = [r.q.shape[0] for _, r in members]
         q, k, v = (cat([getattr(r, name) for _, r in members]) for name in "qkv")
         masks = [r.mask.expand(r.q.shape[0], -1, -1, -1) for _, r in members if r.mask is not None]
-        shape = torch.broadcast_shapes(*(m.shape[1:] for m in masks))
+        shape = torch.broadcast_shapes(*(m.shape[1:] for m in masks)) if masks else ()
         mask = cat([m.expand(-1, *shape) for m in masks]) if masks else None
         for (i, _), out in zip(members, attend(_Read(q, k, v, mask)).split(counts), strict=True):
             outputs[i] = out
