@@ -44,7 +44,7 @@ def test_the_core_stays_small() -> None:
     print(sum(counted.values()), counted)
     assert sum(counted.values()) <= 1500, counted
     attention = {p.name: lines(p) for p in (ROOT / "core" / "inlay_attention").glob("*.py")}
-    assert sum(attention.values()) <= 1100, attention
+    assert sum(attention.values()) <= 1150, attention
     families = {p.name: lines(p) for p in (core / "backbones").glob("*.py")}
     assert all(count <= 200 for count in families.values()), families
 

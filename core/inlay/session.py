@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,7 @@ class Session:
         self.plugins = {k: live.get(k) or registry.build(k, v) for k, v in listed.items()}
         self.setup: dict[str, Any] = {"model": model, "revision": revision, "offload": offload}
         self.setup |= {"plugins": options, "scheduler": type(self.scheduler).__name__}
-        self.setup |= {"resolve": [dict(rule) for rule in resolve]}
-        self.setup |= {"gradient": gradient or Gradient()}
+        self.setup |= {"resolve": [dict(r) for r in resolve], "gradient": gradient or Gradient()}
         self.setup |= {"compile": self.compiled.asked if self.compiled else False}
         self.manager, self._callers = pluggy.PluginManager("inlay"), dict[tuple[str, str], Any]()
         self.manager.add_hookspecs(hookspecs)
@@ -225,8 +224,7 @@ class Session:
             seam = run.seam = stack.enter_context(Seam(modules, self.compiled is not None))
             if plan.grads:
                 stack.enter_context(self.backbone.frozen(seam, plan.request.gradient.checkpoint))
-            if self.compiled:
-                stack.enter_context(self.compiled.running())
+            stack.enter_context(self.compiled.running() if self.compiled else nullcontext())
             if self.tracer:
                 stack.enter_context(self.tracer.watch(self, seam))
             self.prepare(run, pictures)
