@@ -1,4 +1,4 @@
-"""`make docs-pictures`: what each attention plugin does, as rows of small pictures.
+"""`make docs-pictures`: what plugins do, as rows of small pictures.
 
 The experiments that ship, drawn with and without their plugin or with other options of it; the same
 on every machine up to rounding.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -18,7 +19,7 @@ from inlay.events import Result
 from inlay_config import config
 from inlay_config.images import save, to_pil
 
-FOLDER = Path(__file__).parent / "pictures" / "attention"
+FOLDER = Path(__file__).parent / "pictures"
 SIDE, GAP, HEAD, TEXT = 128, 6, 20, 12  # pixels; a toybox picture has 64
 Panel = tuple[str, Image.Image]
 
@@ -77,9 +78,48 @@ def attention_maps() -> list[Panel]:
     return [("edit", edit(made)), *((title, overlay(heat, edit(made))) for title, heat in maps)]
 
 
-FIGURES: tuple[Callable[[], list[Panel]], ...] = (
-    reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
-)  # fmt: skip
+def strokes() -> Image.Image:
+    """What a hand paints in a few strokes: a sky, a road, a block of red."""
+    paper = Image.new("RGB", (64, 64), "#86b6ee")
+    pen = ImageDraw.Draw(paper)
+    pen.rectangle((0, 33, 63, 63), fill="#5f9140")
+    pen.rectangle((0, 38, 63, 58), fill="#6a6a6e")
+    pen.rectangle((34, 27, 56, 45), fill="#c03a35")
+    return paper
+
+
+def sdedit() -> list[Panel]:
+    """Strokes, less and less of them kept."""
+    with TemporaryDirectory() as folder:
+        strokes().save(painted := Path(folder, "strokes.png"))
+        said = [f"input.image={painted}", "prompt.edit=a red bus on the road", "seed=0"]
+        made = {s: drawn("sdedit", *said, f"plugins.sdedit.strength={s}") for s in STRENGTHS}
+    panels = [("strokes", strokes())]
+    return panels + [(f"strength {s:g}", edit(result)) for s, result in made.items()]
+
+
+def flow_edit() -> list[Panel]:
+    """The steps that are made: more of them, more of the prompt."""
+    shares = (0.5, 0.7, 0.86)
+    made = {n: drawn("flow_edit", f"plugins.flow_edit.n_max={n}") for n in shares}
+    panels = [("source", to_pil(made[0.5].images["source"])[0])]
+    return panels + [(f"n_max {n:g}", edit(result)) for n, result in made.items()]
+
+
+def rf_inversion() -> list[Panel]:
+    """How far each early step goes back to the picture."""
+    made = {e: drawn("rf_inversion", f"plugins.rf_inversion.eta={e}") for e in (0.0, 0.5, 0.9)}
+    panels = [("source", to_pil(made[0.9].images["source"])[0])]
+    return panels + [(f"eta {e:g}", edit(result)) for e, result in made.items()]
+
+
+STRENGTHS = (0.5, 0.6, 0.7, 0.8)
+FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
+    "attention": (
+        reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
+    ),
+    "edits": (sdedit, flow_edit, rf_inversion),
+}  # fmt: skip
 
 
 def row(panels: list[Panel]) -> Image.Image:
@@ -95,5 +135,6 @@ def row(panels: list[Panel]) -> Image.Image:
 
 if __name__ == "__main__":
     hush_loading_bars()
-    for figure in FIGURES:
-        save(row(figure()), FOLDER / f"{figure.__name__}.png")
+    for folder, figures in FIGURES.items():
+        for figure in figures:
+            save(row(figure()), FOLDER / folder / f"{figure.__name__}.png")
