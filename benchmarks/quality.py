@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 
+import localisers
 from PIL import Image
 
 from inlay.cli.run import hush_loading_bars
@@ -47,6 +48,7 @@ def main() -> None:
         show(task, "\n".join(insertion_tables(summary)))
         if task == "toybox-affordance":
             save(sheet(summary), OUT / "insertion.png")
+    show("localisers", localisers.table(max(1, args.items // 4)))
     print(f"\nwritten to {PAGE.relative_to(ROOT)}; pictures in {OUT.relative_to(ROOT)}")
 
 

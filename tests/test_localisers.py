@@ -139,6 +139,20 @@ def test_without_an_answer_the_attention_map_is_used(stub, value, said):
     )
 
 
+def test_several_masks_are_found_in_one_run_under_keys_of_their_own(stub):
+    given = conds()
+    for name in given:
+        given[name]["tokens"] = WORDS
+    one = {"use": "subject_mask", "subject": "dog", "step": 2, "count": 1}
+    plugins = {
+        "coarse": {**one, "key": "coarse"},
+        "fine": {**one, "key": "fine", "localiser": "points"},
+    }
+    board = Session(flux(), plugins).run(PROMPT, size=32, steps=4, conds=given).board
+    assert torch.equal(board["mask:coarse"], run("attention").board["mask:subject"])
+    assert torch.equal(board["mask:fine"][0, 0] > 0, stub.found[0])
+
+
 def test_a_map_without_contrast_asks_no_segmenter(stub):
     pipe = flux()
     for name, module in pipe.transformer.named_modules():

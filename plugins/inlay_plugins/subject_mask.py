@@ -52,7 +52,8 @@ class SubjectMask(Plugin):
     class Config:
         """subject: words of prompt.edit, one string or several; "": what it adds to prompt.source.
         step: the last one recorded, which publishes; count: how many. sites: names of attention
-        modules; []: chosen by depth. dilate: token cells added around the mask.
+        modules; []: chosen by depth. dilate: token cells added around the mask. key: other than
+        subject, where several masks are to be found in one run.
 
         localiser: attention, as published: the map above Otsu's threshold; difference: likewise of
         map: difference; points, box, mask: SAM 2 is given up to three clicks at the map's peaks,
@@ -79,6 +80,7 @@ class SubjectMask(Plugin):
         count: int = 3
         sites: list[str] = field(default_factory=list)
         dilate: int = 0
+        key: str = "subject"
         segmenter: str = "facebook/sam2-hiera-large"
         segmenter_config: str = ""
         detector: str = ""
@@ -103,9 +105,8 @@ class SubjectMask(Plugin):
             self._declare_user(need, where)
         else:
             self._declare_maps(need, where)
-        need.publish("points:subject")
-        need.publish("map:subject")
-        need.publish("mask:subject")
+        for kind in ("points", "map", "mask"):
+            need.publish(f"{kind}:{cfg.key}")
 
     def _declare_user(self, need: Needs, where: str) -> None:
         self.last = -1
@@ -211,9 +212,7 @@ class SubjectMask(Plugin):
                 for each in zip(pictures, heat.split(1), mask.split(1), clicks, strict=True)
             ]
             heat, mask = (torch.cat(part).to(run.device) for part in zip(*seen, strict=True))
-        run.board["points:subject"], run.board["map:subject"] = clicks, heat
-        cells = self.cfg.dilate * round(mask.shape[-1] / grid[1])
-        run.board["mask:subject"] = masks.dilate(mask, cells)
+        self._write(run, clicks, heat, mask)
 
     def _look(
         self, picture: Tensor, heat: Tensor, mask: Tensor, clicks: list[tuple[int, int]]
@@ -271,12 +270,15 @@ class SubjectMask(Plugin):
         elif corners.all() and mask.mean() > 0.5:
             self._warn("the mask holds all corners and most of the picture: is it inverted? "
                        "White is what may change")  # fmt: skip
-        grid = run.backbone.grid(run.size)
-        click = masks.points(masks.blur(mask), mask, run.size)
-        run.board["points:subject"] = [click] * run.plan.request.n
-        run.board["map:subject"] = mask
-        cells = self.cfg.dilate * round(mask.shape[-1] / grid[1])
-        run.board["mask:subject"] = masks.dilate(mask, cells)
+        clicks = masks.points(masks.blur(mask), mask, run.size)
+        self._write(run, [clicks] * run.plan.request.n, mask, mask)
+
+    def _write(
+        self, run: Run, clicks: list[list[tuple[int, int]]], heat: Tensor, mask: Tensor
+    ) -> None:
+        key, cell = self.cfg.key, round(mask.shape[-1] / run.backbone.grid(run.size)[1])
+        run.board[f"points:{key}"], run.board[f"map:{key}"] = clicks, heat
+        run.board[f"mask:{key}"] = masks.dilate(mask, self.cfg.dilate * cell)
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"{self.name}: {what}", stacklevel=2)
