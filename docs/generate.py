@@ -5,6 +5,7 @@ A test fails when a page is not what this would write.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from functools import cache
@@ -81,6 +82,17 @@ def refusals() -> str:
     )
 
 
+def options_beside() -> str:
+    """Options of a plugin that leave room for another."""
+    import compositions
+
+    return "\n".join(
+        f"* `{name}: {json.dumps(options)}` beside `{other}`"
+        for name, case in compositions.CASES.items()
+        for other, options in case.beside.items()
+    )
+
+
 def invariants() -> str:
     """What stays true of each plugin in every pair."""
     import compositions
@@ -153,7 +165,8 @@ def backbones_refused() -> str:
 
 PARTS = {
     "attention.md": {"conflicts": conflict_table},
-    "compose.md": {"matrix": pair_matrix, "refusals": refusals, "invariants": invariants},
+    "compose.md": {"matrix": pair_matrix, "refusals": refusals, "beside": options_beside,
+                   "invariants": invariants},
     "backbones.md": {"families": backbone_matrix, "checks": backbone_checks_said,
                      "refused": backbones_refused},
 }  # fmt: skip

@@ -9,7 +9,7 @@ import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,10 @@ def picture():
 def plugins(*names):
     """What is needed to run these plugins together, in the registry's order, with options."""
     wanted = {*names, *(c for name in names for c in CASES[name].companions)}
-    return {name: CASES[name].options for name in PLUGINS if name in wanted}
+    listed = {name: dict(CASES[name].options) for name in PLUGINS if name in wanted}
+    for name, other in product(listed, names):
+        listed[name] |= CASES[name].beside.get(other, {})
+    return listed
 
 
 def run(pipe, model, *names):

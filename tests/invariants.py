@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from inlay.backbones import text
-from inlay_plugins import masks
+from inlay_plugins import clips, masks
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 
@@ -21,13 +21,15 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 @dataclass(frozen=True)
 class Case:
     """says: the invariant, for docs/compose.md; holds: its check; companions: plugins that provide
-    what this one asks for; draws: whether it changes the picture, else it only publishes `board`.
+    what this one asks for; beside: further options where the other plugin would undo its effect;
+    draws: whether it changes the picture, else it only publishes `board`.
     """
 
     says: str
     holds: Callable
     options: dict = field(default_factory=dict)
     companions: tuple[str, ...] = ()
+    beside: dict[str, dict] = field(default_factory=dict)
     draws: bool = True
     board: tuple[str, ...] = ()
 
@@ -78,7 +80,9 @@ def latent_blend(made, without):
     outside = (run.backbone.from_grid(mask) == 0).expand_as(made.record.steps[0].x["edit"])
     assert outside.any()
     for step in (step for step in made.record.steps if step.index >= 2):
-        assert torch.equal(step.x_next["edit"][outside], trajectory(step, 1)[outside])
+        lane = made.plugins["latent_blend"].get("background") == "lane"
+        source = step.x_next["source"] if lane else trajectory(step, 1)
+        assert torch.equal(step.x_next["edit"][outside], source[outside])
 
 
 def paste_back(made, without):
@@ -215,9 +219,9 @@ def sdedit(made, without):
 
 def flow_edit(made, without):
     run, clean = made.record.run, made.board["latent:source"]
-    first, *later = (step for step in made.record.steps if "flow_source" in step.lanes)
-    assert torch.equal(first.x["edit"], first.x["flow_source"])
-    for step in (first, *later):
+    steps = [step for step in made.record.steps if "flow_source" in step.lanes]
+    assert steps and torch.equal(steps[0].x["edit"], steps[0].x["flow_source"])
+    for step in steps:
         noise = run.noise(f"flow_edit/flow_source/{step.eval}", clean.shape)
         assert torch.equal(step.x["flow_source"], step.frame.noise(clean, noise))
 
@@ -225,8 +229,17 @@ def flow_edit(made, without):
 def rf_inversion(made, without):
     first = made.record.steps[0]
     estimate, clean = made.record.estimated[first.eval], made.board["latent:source"]
-    assert torch.equal(first.x["edit"], made.record.run.finals["rf_inversion"]["edit"])
+    assert torch.equal(first.x["edit"], made.record.run.finals["rf_inversion"]["inverted"])
     torch.testing.assert_close(first.x0["edit"], estimate + 0.9 * (clean - estimate))
+
+
+def presence(made, without):
+    run, clip = made.record.run, clips.load("toybox/clip")
+    square = F.interpolate(made.picture, [clip.side] * 2, mode="bilinear", antialias=True)
+    texts = clip.texts([run.prompts["edit"], run.prompts["source"]])
+    nearness = clip.images(square) @ texts.T
+    torch.testing.assert_close(made.board["presence:scores"], nearness[:, 0] - nearness[:, 1])
+    assert torch.equal(made.picture, without.picture)
 
 
 CASES = {
@@ -258,6 +271,7 @@ CASES = {
         latent_blend,
         {"steps": [[2, 3]], "mask": "mask:user"},
         ("source_trajectory",),
+        {"local_blend": {"background": "lane"}},
     ),
     "paste_back": Case(
         "outside the mask and its feather the pixels are the original's, bit for bit",
@@ -294,6 +308,7 @@ CASES = {
         "outside the region the logits of its words are lowered by the strength, inside by nothing",
         regional_prompts,
         {"regions": [{"words": "cow", "box": [0, 0, 0.5, 1]}], "strength": 4.0},
+        beside={"prompt_to_prompt": {"active": [2, 3]}},
     ),
     "attention_maps": Case(
         "its maps span 0 to 1, and no bit of the picture changes",
@@ -348,11 +363,14 @@ CASES = {
     "prompt_to_prompt": Case(
         "the picture pays each token what the source's picture pays to its twin",
         prompt_to_prompt,
+        {"cross_replace": 0.5},
+        ("source_trajectory",),
     ),
     "local_blend": Case(
         "after its steps the latent outside its mask is the source lane's, bit for bit",
         local_blend,
-        {"words": "cow", "source_words": "view"},
+        {"words": "cow", "source_words": "view", "threshold": 0.7},
+        ("source_trajectory",),
         board=("mask:local_blend",),
     ),
     "sdedit": Case(
@@ -372,5 +390,12 @@ CASES = {
         "of its window",
         rf_inversion,
         companions=("source_trajectory",),
+    ),
+    "presence": Case(
+        "its score is how much nearer CLIP finds the picture to the edit's prompt than to the "
+        "source's, and no bit of the picture changes",
+        presence,
+        draws=False,
+        board=("presence:scores",),
     ),
 }

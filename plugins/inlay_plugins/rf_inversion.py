@@ -20,7 +20,8 @@ from inlay_plugins.schedules import Schedule
 
 
 class RFInversion(Plugin):
-    """Consumes `latent:source`. The way up is a pass of its own, with the lane `inverted`."""
+    """Consumes `latent:source`; publishes `start:edit`. The way up is a pass of its own, with the
+    lane `inverted`."""
 
     @dataclass
     class Config:
@@ -47,6 +48,7 @@ class RFInversion(Plugin):
         window = Window.parse(cfg.active, f"{where}.active")
         self.active = need.active(window) if window else frozenset[int]()
         need.consume("latent:source")
+        need.publish("start:edit")
         need.pass_(need.owner, Inverter)
         fields: dict[str, Any] = {"n": need.request.n, "seed": need.request.seed, "keep": False}
         fields |= {"prompt": cfg.prompt, "guidance": cfg.guidance, "true_cfg": 1.0}
@@ -58,7 +60,7 @@ class RFInversion(Plugin):
             self.clean = run.board["latent:source"]
             x["inverted"] = self.clean.expand_as(x["inverted"])
         elif pass_ == "edit":
-            x["edit"] = run.finals[self.name]["inverted"]
+            run.board["start:edit"] = x["edit"] = run.finals[self.name]["inverted"]
 
     @hookimpl(wrapper=True)
     def inlay_combine(self, run: Run, step: Step, lane: str) -> Generator[None, Tensor, Tensor]:

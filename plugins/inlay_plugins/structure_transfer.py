@@ -16,7 +16,7 @@ from inlay_plugins.schedules import step_index
 
 
 class StructureTransfer(Plugin):
-    """Consumes `latent:source`."""
+    """Consumes `latent:source`; publishes `start:edit`, which one plugin alone may set."""
 
     @dataclass
     class Config:
@@ -33,6 +33,7 @@ class StructureTransfer(Plugin):
             step = 4 / 30 if "image:source" in need.request.inputs else 2 / 30
         self.step = step_index(step, need.request.steps, f"plugins.{need.owner}.step")
         need.consume("latent:source")
+        need.publish("start:edit")
         need.lane("edit", active=range(self.step, need.request.steps))
 
     @hookimpl
@@ -44,3 +45,4 @@ class StructureTransfer(Plugin):
         if step.pass_ == "edit" and step.index == self.step and self.pending:
             self.pending = False  # a step may have several evaluations
             step.x["edit"] = step.frame.noise(run.board["latent:source"], run.x_T["edit", "edit"])
+            run.board["start:edit"] = step.x["edit"]
