@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
 from inlay.backbones import Backbone
 from inlay.cli.tables import ranges
 from inlay.events import AttnSite
 from inlay.plan import PassPlan, Plan
-from inlay_attention import Edit, Probe, Rows, SiteProgram, calls, lane_of
+from inlay_attention import Edit, Held, Probe, Rows, SiteProgram, calls, lane_of
 from inlay_attention.conflicts import DeclaredEdit
 
 
@@ -53,20 +55,25 @@ def _structure(cost: SiteCost) -> str:
 def _cost(
     plan: Plan, backbone: Backbone, pass_: PassPlan, group: Sequence[str], step: int, site: AttnSite
 ) -> SiteCost | None:
-    alive = {lane.name for lane in pass_.lanes if step in lane.steps}
-    rows = {b.name: b.n for b in pass_.branches if b.name in group and b.lane in alive}
+    here = [b for b in pass_.branches if step in b.steps]
+    rows = {b.name: b.n for b in here if b.name in group and not b.replayed}
+    known = [*rows, *(b.name for b in here if b.replayed)]
     edits: dict[str, list[Edit]] = {}
     for e in plan.edits:
         if e.pass_ == pass_.name and site.name in e.sites and step in e.steps:
             for branch in rows:
                 if e.lane in (branch, lane_of(branch)):
-                    edits.setdefault(branch, []).append(_example(e, branch, list(rows)))
+                    edits.setdefault(branch, []).append(_example(e, branch, known))
     probes = [p for p in plan.probes if site.name in p.sites and step in p.steps]
     probes = [p for p in probes if p.branch in rows and pass_.name == "edit"]
     if not edits and not probes:
         return None
     n, m = backbone.lengths(site, plan.request.size)
-    made = calls(_program(backbone, site, Rows.of(rows), edits, probes),
+    program = _program(backbone, site, Rows.of(rows), edits, probes)
+    for b in (b for b in here if b.replayed):
+        q, k = (torch.empty(b.n, site.heads, t, site.dim, device="meta") for t in (n, m))
+        program.given = {**program.given, b.name: Held(k, k, q)}
+    made = calls(program,
                  (sum(rows.values()), site.heads, n, site.dim),
                  (sum(rows.values()), site.heads, m, site.dim))  # fmt: skip
     cost = sum(r * q * k for r, q, k in made) / (sum(rows.values()) * n * m)
