@@ -280,8 +280,8 @@ def _grouped(attend: Callable[[_Read], Tensor], jobs: Sequence[_Read | Tensor]) 
         counts = [r.q.shape[0] for _, r in members]
         q, k, v = (cat([getattr(r, name) for _, r in members]) for name in "qkv")
         masks = [r.mask.expand(r.q.shape[0], -1, -1, -1) for _, r in members if r.mask is not None]
-        shape = torch.broadcast_shapes(*(m.shape[1:] for m in masks)) if masks else ()
-        mask = cat([m.expand(-1, *shape) for m in masks]) if masks else None
+        common = torch.broadcast_shapes(*(m.shape[1:] for m in masks)) if masks else ()
+        mask = cat([m.expand(-1, *common) for m in masks]) if masks else None
         for (i, _), out in zip(members, attend(_Read(q, k, v, mask)).split(counts), strict=True):
             outputs[i] = out
     return outputs
