@@ -370,7 +370,8 @@ def lane(need):
             plugin(declare=lambda need: need.branch("edit", "more")),
             "p needs the branch 'edit/more'",
         ),
-        (plugin(declare=lambda need: need.grad()), "p needs the gradient of lane 'edit'"),
+        (plugin(declare=lambda need: need.evaluations(2)), "p needs evaluations of its own"),
+        (plugin(declare=lambda need: need.grad("edit")), "p needs the gradient of lane 'edit'"),
         (plugin(objective=lambda step: None), "p acts in inlay_objective"),
         (plugin(inputs=lambda kwargs: None), "p acts in inlay_inputs"),
         (plugin(combine=lambda text: text), "p acts in inlay_combine"),
@@ -435,6 +436,16 @@ def test_a_guest_stays_for_several_calls(pipes, plain):
         assert guest.plan.request.steps == 2 and "edit/null" not in str(guest.plan)
         again = STOCK["flux"].call(pipes["flux"])
     assert torch.equal(first, once) and torch.equal(again, once) and not torch.equal(other, once)
+
+
+def test_a_model_that_is_tried_is_tried_again_at_another_size(pipes):
+    small = {"height": 16, "width": 24}
+    alone = [called(pipes, "aura_flow", {"e": louder()}, **size)[0] for size in ({}, small, {})]
+    with inlay.attach(pipes["aura_flow"], {"e": louder()}) as guest:
+        made = [STOCK["aura_flow"].call(pipes["aura_flow"], **size) for size in ({}, small)]
+        assert guest.backbone.grid((16, 24)) == (4, 6)
+        made.append(STOCK["aura_flow"].call(pipes["aura_flow"]))
+    assert all(torch.equal(a, b) for a, b in zip(made, alone, strict=True))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

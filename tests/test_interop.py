@@ -113,7 +113,8 @@ def test_a_training_timestep_is_found_exactly(sd):
         (plugin(post_step=lambda step: None), "p acts in inlay_post_step"),
         (plugin(final=lambda result: None), "p acts in inlay_final"),
         (plugin(declare=lambda need: need.lane("b", prompt="edit")), "p needs the lane 'b'"),
-        (plugin(declare=lambda need: need.grad()), "p needs the gradient"),
+        (plugin(declare=lambda need: need.evaluations(2)), "p needs evaluations of its own"),
+        (plugin(declare=lambda need: need.grad("edit")), "p needs the gradient"),
     ],
 )
 def test_what_a_sampler_decides_is_refused(sd, made, message):

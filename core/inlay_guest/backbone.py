@@ -68,12 +68,15 @@ class Tried(Visited):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._found: dict[int, dict[str, SiteSpans]] = {}
-        self._most, self._packed, self._side = 0, False, 0
+        self._most, self._packed, self._side, self._size = 0, False, 0, (0, 0)
 
     def look(self, arguments: Mapping[str, Any], text: int, size: Size) -> None:
         """Try where tokens lie under prompts of `text` tokens, unless that is known."""
+        if size != self._size:
+            self._found.clear()
         if text in self._found:
             return
+        self._size = size
         self._found[text] = found = probe(self.denoiser, (), arguments)
         for name in ("modules", "sites"):
             vars(self).pop(name, None)

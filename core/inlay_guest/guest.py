@@ -28,36 +28,29 @@ from .refusal import GUEST, refuse
 _attached: list[Guest] = []
 
 
-def attach(
-    pipe: Any,
-    plugins: Mapping[str, Any],
-    prompt: str | Mapping[str, str] | None = None,
-    *,
-    seed: int = 0,
-    image: Any = None,
-    mask: Any = None,
-    steps: int | None = None,
-    size: tuple[int, int] | None = None,
-    resolve: Sequence[Mapping[str, str]] = (),
-) -> Guest:
-    """Let plugins act in every call of `pipe` from now on, until `detach` or the end of `with`.
+class Guest:
+    """Lets plugins act in every call of `pipe` from now on, until `detach` or the end of `with`.
 
     plugins, image, mask, resolve: as of a Session; seed: of the noise that plugins draw. prompt,
     steps, size (height, width): told where the call does not tell; with steps, windows are checked
     at once. Raises PlanConflict for what only a session can do, ConfigError and ModelError.
+
+    plan: the latest, None for a model that is tried in its first call; result: of the latest call.
     """
-    return Guest(pipe, plugins, prompt, seed, image, mask, steps, size, resolve)
-
-
-class Guest:
-    """What `attach` returns. plan: the latest, None for a model that is tried in its first call;
-    result: of the latest call."""
 
     def __init__(
-        self, pipe: Any, plugins: Mapping[str, Any], prompt: str | Mapping[str, str] | None,
-        seed: int, image: Any, mask: Any, steps: int | None, size: tuple[int, int] | None,
-        resolve: Sequence[Mapping[str, str]],
-    ) -> None:  # fmt: skip
+        self,
+        pipe: Any,
+        plugins: Mapping[str, Any],
+        prompt: str | Mapping[str, str] | None = None,
+        *,
+        seed: int = 0,
+        image: Any = None,
+        mask: Any = None,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+        resolve: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         self.pipe, self.backbone = pipe, visit(pipe)
         self.session = Session(self.backbone, plugins, resolve=resolve)
         self.seed, self.size, self.resolve = seed, size, [dict(rule) for rule in resolve]
@@ -66,7 +59,8 @@ class Guest:
         self.result: Result | None = None
         self.plan: Plan | None = None
         most = steps or int(getattr(pipe.scheduler.config, "num_train_timesteps", 1000))
-        near, inputs = size or self.backbone.native_size, self._inputs()
+        near = size or self.backbone.native_size
+        inputs = tuple(key for kind in self.pictures for key in images.BOARD[kind])
         request = Request({"edit": ""}, most, near, self.backbone.grid(near), inputs=inputs)
         self.attends = refuse(self.session, request, GUEST)
         if not isinstance(self.backbone, Tried):
@@ -108,9 +102,6 @@ class Guest:
             if other is not self and other._denoiser is self._denoiser and other.attends:
                 problem, fix = "two guests edit its attention", "Hand all plugins to one `attach`."
                 raise PlanConflict(problem, where=type(self._denoiser).__name__, fix=fix)
-
-    def _inputs(self) -> tuple[str, ...]:
-        return tuple(key for kind in self.pictures for key in images.BOARD[kind])
 
     def _attach(self) -> None:
         """Stand at every place that this pipeline has."""

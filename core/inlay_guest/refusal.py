@@ -17,7 +17,7 @@ WHY = {
     "inputs": "the pipeline makes the model's inputs",
     "combine": "the pipeline combines the predictions",
     "branch": "the pipeline decides what the model is called with",
-    "grad": "somebody else calls the model, and keeps no graph",
+    "call": "somebody else calls the model, and keeps no graph",
     "final": "a sampler ends with latents, not with pictures",
 }
 
@@ -36,7 +36,9 @@ def refuse(session: Session, request: Request, had: Collection[str]) -> bool:
                 named = key if isinstance(key, str) else "/".join(key[1:])
                 raise _refused(owner, f"needs the {what} {named!r}", what)
         if draft.grads:
-            raise _refused(owner, f"needs the gradient of lane {draft.grads[0].lane!r}", "grad")
+            raise _refused(owner, f"needs the gradient of lane {draft.grads[0].lane!r}", "call")
+        if draft.on_request:
+            raise _refused(owner, "needs evaluations of its own", "call")
         touched = touched or bool(draft.edits or draft.probes)
     for event in EVENTS:
         name = event.removeprefix("inlay_")
