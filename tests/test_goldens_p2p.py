@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from inlay import InputError, Plugin, Session, hookimpl
 from inlay_plugins import alignment
+from inlay_plugins.null_text import NullText
 from models import _vae
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -92,16 +93,15 @@ class Latents(Plugin):
             self.after[step.index] = torch.cat([step.x_next["source"], step.x_next["edit"]])
 
 
-def tiny_unet(steps_offset: int, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+def tiny_unet(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     weights, card = golden("tiny_unet_weights")
     unet = UNet2DConditionModel(**card["kwargs"])
     unet.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
-    kwargs = card["scheduler"]["kwargs"] | {"steps_offset": steps_offset}
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = StableDiffusionPipeline(
         vae=_vae(4).to(dtype),
         unet=unet.to(dtype).eval(),
-        scheduler=DDIMScheduler(**kwargs),
+        scheduler=DDIMScheduler(**card["scheduler"]["kwargs"]),
         requires_safety_checker=False,
         **parts,
     )
@@ -154,7 +154,7 @@ def test_a_run_is_the_published_one(name, edit):
         tokens = pieces(prompt, {"tabbycat": "tabby|cat"})
         embeds = tensors[f"embedding.{prompt}"][None].float()
         conds[key] = {"embeds": embeds, "tokens": tokens}
-    record, pipe = Latents(), tiny_unet(1)
+    record, pipe = Latents(), tiny_unet()
     session = Session(pipe, options(case, source, target) | {"record": record})
     noise = tensors["x_T"].float()
     session.run(
@@ -169,3 +169,79 @@ def test_a_run_is_the_published_one(name, edit):
         both = tensors["source.latents"][at, 0], tensors[f"{name}.latents"][at, edit - 1]
         stored = torch.stack(both)
         assert (record.after[index][..., ::2, ::2] - stored).norm() < 2e-5 * stored.norm()
+
+
+# null-text inversion --------------------------------------------------------------------------
+
+
+def unshifted() -> DDIMScheduler:
+    """With timesteps 666, 333, 0, which the pipeline of today would shift by one."""
+    return DDIMScheduler(
+        **golden("tiny_unet_weights")[1]["scheduler"]["kwargs"] | {"steps_offset": 0}
+    )
+
+
+class Stored(Plugin):
+    """The stored clean latent; checks its inversion, puts the stored float64 path in its place, and
+    keeps the null prompt of each step."""
+
+    def __init__(self, null_text, inverted):
+        super().__init__()
+        self.null_text, self.inverted, self.nulls = null_text, inverted, []
+
+    @hookimpl
+    def inlay_declare(self, need):
+        need.publish("latent:source")
+
+    @hookimpl
+    def inlay_prepare(self, run):
+        run.board["latent:source"] = self.inverted[:1]
+
+    @hookimpl
+    def inlay_begin(self, pass_, x):
+        if pass_ == "edit":
+            ours, stored = torch.cat(self.null_text.path), self.inverted.flip(0)
+            assert (ours - stored).norm() < 1e-6 * stored.norm()
+            self.null_text.path = list(stored.split(1))
+            x["edit"] = self.null_text.path[0]
+
+    @hookimpl
+    def inlay_observe(self, run, step):
+        if step.pass_ == "edit":
+            self.nulls.append(run.conds["edit/null"].embeds)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ("inner2", {"iterations": 2}),
+        ("early_stop", {"iterations": 5, "tolerance": 0.7041991368192146}),
+    ],
+)
+def test_null_text_inversion_optimises_as_published(stored, asked):
+    """In float64: in float32, two correct implementations differ by 1e-2 (Adam)."""
+    tensors, card = golden("nti")
+    null_text, record = NullText(NullText.Config(**asked)), Latents()
+    given = Stored(null_text, tensors["inverted"])
+    conds = {
+        "source": {"embeds": tensors["cond_embedding"]},
+        "edit": {"embeds": tensors["cond_embedding"]},
+        "negative": {"embeds": tensors["uncond_embedding"]},
+    }
+    plugins = {"given": given, "null_text": null_text, "record": record}
+    Session(tiny_unet(torch.float64), plugins, unshifted()).run(
+        {"source": card["prompt"], "edit": card["prompt"]},
+        conds=conds,
+        steps=card["N"],
+        guidance=card["guidance"],
+        size=64,
+    )
+    ours, theirs = torch.cat(given.nulls), tensors[f"uncond_optimised.{stored}"]
+    assert ours.dtype == torch.float64
+    assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+    if stored == "inner2":
+        replayed = tensors["replay_latents.inner2"]
+        for step in range(card["N"]):
+            source, edit = record.after[step]
+            assert (source - edit).abs().max() < 1e-9
+            assert (edit[..., ::2, ::2] - replayed[step + 1]).norm() < 1e-6 * replayed.norm()
