@@ -113,11 +113,43 @@ def rf_inversion() -> list[Panel]:
     return panels + [(f"eta {e:g}", edit(result)) for e, result in made.items()]
 
 
+def candidates(name: str, shown: int = 3) -> list[Panel]:
+    """The source and the best of what was drawn, the best first."""
+    made = drawn(name, "seed=1")
+    panels = [("source", to_pil(made.images["source"])[0])]
+    scores = made.board["rank:scores"].tolist()
+    pictures = to_pil(made.images["edit"])[:shown]
+    return panels + [(f"distance {d:.2f}", p) for d, p in zip(scores, pictures, strict=False)]
+
+
+def add() -> list[Panel]:
+    return candidates("blended/add")
+
+
+def replace() -> list[Panel]:
+    return candidates("blended/replace")
+
+
+def remove() -> list[Panel]:
+    return candidates("blended/remove")
+
+
+def background() -> list[Panel]:
+    return candidates("blended/background")
+
+
+def algorithms() -> list[Panel]:
+    """Blended Diffusion's second and first, without a prompt in the model."""
+    second = candidates("blended_diffusion", 2)
+    return second + candidates("local_clip_guidance", 2)[1:]
+
+
 STRENGTHS = (0.5, 0.6, 0.7, 0.8)
 FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     "attention": (
         reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
     ),
+    "blended": (add, replace, remove, background, algorithms),
     "edits": (sdedit, flow_edit, rf_inversion),
 }  # fmt: skip
 
