@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPSegConfig,
@@ -284,7 +284,7 @@ def test_masks_that_edit_nothing_or_everything_are_told():
         run("user", mask=painted((0, 0, 0, 0)))
     with pytest.warns(UserWarning, match="the whole picture"):
         assert run("user", mask=painted((0, 0, 32, 32))).board["mask:subject"].min() == 1
-    inverted = Image.eval(painted((8, 8, 20, 20)), lambda value: 255 - value)
+    inverted = ImageOps.invert(painted((8, 8, 20, 20)))
     with pytest.warns(UserWarning, match="is it inverted"):
         run("user", mask=inverted)
 
