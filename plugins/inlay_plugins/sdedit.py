@@ -22,8 +22,8 @@ class SDEdit(Plugin):
     @dataclass
     class Config:
         """strength: share of the steps that are made, counted as diffusers' image-to-image does
-        (a flow model rounds up, others down); published for strokes: 0.3 to 0.6. sigma: in its
-        place, the noise to start from, in the scheduler's own units; the first step at or below.
+        (a flow model rounds up, others down); null: half; published for strokes: 0.3 to 0.6. sigma:
+        in its place, the noise to start from, in the scheduler's units; the first step at or below.
         repeats: the result is the next guide, with other noise; each but the last is a pass.
 
         mask: a board key, 1 = the edit's; null: the whole picture. grey: of the mask, mix is that
