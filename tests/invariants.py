@@ -39,7 +39,7 @@ def source_trajectory(made, without):
     noise = made.record.run.x_T["edit", "source"]
     for step in made.record.steps:
         assert torch.equal(trajectory(step, 0), step.frame.noise(clean, noise))
-        if "source" in step.lanes:
+        if "source" in step.lanes and "null_text" not in made.plugins:  # which leads it itself
             assert torch.equal(step.x["source"], trajectory(step, 0))
 
 
@@ -242,6 +242,28 @@ def presence(made, without):
     assert torch.equal(made.picture, without.picture)
 
 
+def attention_injection(made, without):
+    """The edit's own queries and keys of the picture may be anything."""
+    generator = torch.Generator().manual_seed(0)
+    for call, branch in made.record.edited("attention_injection"):
+        q, k, v, *rest = call.args
+        changed, spans = (q.clone(), k.clone()), call.program.spans(q.shape[2], k.shape[2])
+        for x, named in zip(changed, spans, strict=True):
+            own = x[call.program.rows[branch], :, named["image"]]
+            own.copy_(torch.randn(own.shape, generator=generator))
+        other = replace(call, args=(*changed, v, *rest)).answer(v)
+        assert torch.equal(call.of(branch, other), call.of(branch, call.answer(v)))
+
+
+def null_text(made, without):
+    run, first = made.record.run, made.record.steps[0]
+    assert torch.equal(first.x["edit"], run.finals["null_text"]["inverted"])
+    for step in made.record.steps:
+        null, text = step.preds["source/null_text"], step.preds["source/text"]
+        torch.testing.assert_close(step.output["source"], null + 3 * (text - null))
+    assert run.conds["edit/null"] is run.conds["source/null_text"]
+
+
 CASES = {
     "source_trajectory": Case(
         "at every step the lane `source` is the source picture at that step's noise level",
@@ -397,5 +419,16 @@ CASES = {
         presence,
         draws=False,
         board=("presence:scores",),
+    ),
+    "attention_injection": Case(
+        "where it acts, the edit's picture is answered without any query or key of its own",
+        attention_injection,
+        {"active": [0, 1]},
+    ),
+    "null_text": Case(
+        "the edit starts where the inverted source ends, and both are guided from one null prompt",
+        null_text,
+        {"iterations": 1},
+        ("source_trajectory",),
     ),
 }
