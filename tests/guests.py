@@ -80,6 +80,7 @@ LOOSE: dict[str, dict[str, Any]] = {
     "StableDiffusionImg2ImgPipeline": {"requires_safety_checker": False},
     "StableDiffusionInpaintPipeline": {"requires_safety_checker": False},
     "FluxImg2ImgPipeline": {},
+    "FluxKontextPipeline": {},
 }
 PICTURE = (torch.linspace(0, 255, 3 * 32 * 32).round() / 255).reshape(1, 3, 32, 32)
 MASK = torch.zeros(1, 1, 32, 32)
@@ -103,6 +104,11 @@ STOCK = {
     "controlnet": Stock(controlled, {"guidance_scale": 3.0, "image": PICTURE}),
     "flux img2img": Stock(
         rebuilt("FluxImg2ImgPipeline", models.flux), {**FLUX, **FROM}, pooled=True
+    ),
+    "kontext": Stock(
+        rebuilt("FluxKontextPipeline", models.flux),
+        {**FLUX, "image": PICTURE, "max_area": 32 * 32, "_auto_resize": False},
+        pooled=True,
     ),
     "aura_flow": Stock(
         around(backbone_zoo.aura_flow, "AuraFlowPipeline"),

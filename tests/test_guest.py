@@ -318,6 +318,21 @@ def test_the_safety_checker_s_pictures_are_not_composed(pipes):
         del pipe.run_safety_checker
 
 
+def test_the_picture_that_is_referred_to_is_not_the_picture(pipes):
+    """FLUX.1 Kontext has the tokens of both behind each other."""
+    shapes = []
+
+    def declare(need):
+        need.probe("first", "edit/text", (0,), need.select())
+
+    def post_step(step):
+        shapes.extend(read.shape for read in step.probes["first"].values())
+
+    watch = plugin(declare=declare, post_step=post_step)
+    _, guest = called(pipes, "kontext", {"watch": watch})
+    assert guest.backbone.packed == 128 and set(shapes) == {(1, 64, 1)}
+
+
 @pytest.mark.parametrize(
     "solver", ["HeunDiscrete", "PNDM", "EulerAncestralDiscrete", "UniPCMultistep"]
 )

@@ -3,6 +3,7 @@ and spans by trial. What a pipeline does itself (encode, schedule, call) is refu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -28,9 +29,10 @@ KINDS: tuple[Literal["self", "cross", "joint"], ...] = ("self", "cross", "joint"
 
 
 class Visited(Backbone):
-    """What guest mode changes of a family. guided: whether the call evaluates a null branch."""
+    """What guest mode changes of a family. guided: whether the call evaluates a null branch.
+    packed: picture tokens of the model's first argument `b n c`; 0 for latents `b c h w`."""
 
-    guided = True
+    guided, packed, shown = True, 0, (0, 0)
 
     @property
     def config(self) -> Any:
@@ -46,7 +48,30 @@ class Visited(Backbone):
         return 2.0 if self.guided else 1.0
 
     def look(self, arguments: Mapping[str, Any], text: int, size: Size) -> None:
-        """Called before a run is planned, with the arguments of its first model call."""
+        """See the arguments of a model call for a picture of this size, before it is planned."""
+        first, self.shown = next(iter(arguments.values())), size
+        self.packed = first.shape[1] if isinstance(first, Tensor) and first.dim() == 3 else 0
+
+    def spans(self, site: AttnSite, text: int) -> Spans:
+        return self.apart(super().spans(site, text))  # type: ignore[safe-super]
+
+    def apart(self, named: Spans) -> Spans:
+        """Tokens behind the picture's own are those of a "reference" (FLUX.1 Kontext)."""
+        own = math.prod(self.grid(self.shown))
+
+        def cut(spans: dict[str, slice]) -> dict[str, slice]:
+            image = spans.get("image", slice(0, 0))
+            if image.stop - image.start <= own:
+                return spans
+            middle = image.start + own
+            reference = slice(middle, image.stop)
+            return spans | {"image": slice(image.start, middle), "reference": reference}
+
+        def spans(queries: int, keys: int) -> tuple[dict[str, slice], dict[str, slice]]:
+            asking, asked = named(queries, keys)
+            return cut(asking), cut(asked)
+
+        return spans if self.packed > own else named
 
     def encode_text(self, prompt: str) -> NoReturn:
         raise self._not_ours("encodes prompts")
@@ -68,22 +93,22 @@ class Tried(Visited):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._found: dict[int, dict[str, SiteSpans]] = {}
-        self._most, self._packed, self._side, self._size = 0, False, 0, (0, 0)
+        self._most = self._side = 0
 
     def look(self, arguments: Mapping[str, Any], text: int, size: Size) -> None:
         """Try where tokens lie under prompts of `text` tokens, unless that is known."""
-        if size != self._size:
+        if size != self.shown:
             self._found.clear()
+        super().look(arguments, text, size)
         if text in self._found:
             return
-        self._size = size
         self._found[text] = found = probe(self.denoiser, (), arguments)
         for name in ("modules", "sites"):
             vars(self).pop(name, None)
         self._most = max((_length(spans.queries) for spans in found.values()), default=0)
         self._side = round((size[0] * size[1] / max(self._most, 1)) ** 0.5)
-        first = next(iter(arguments.values()))
-        self._packed = isinstance(first, Tensor) and first.dim() == 3
+        if self.packed:  # 2 x 2 latents to a token, in every family that packs them
+            self._side = 2 * self._pixels
 
     @property
     def known(self) -> dict[str, SiteSpans]:
@@ -111,7 +136,7 @@ class Tried(Visited):
 
     def spans(self, site: AttnSite, text: int) -> Spans:
         found = self._found[text][site.name]
-        return lambda queries, keys: (found.queries, found.keys)
+        return self.apart(lambda queries, keys: (found.queries, found.keys))
 
     @property
     def native_size(self) -> Size:
@@ -133,15 +158,15 @@ class Tried(Visited):
 
     @property
     def patch(self) -> int:
-        return 1 if self._packed else max(self.multiple // self._pixels, 1)
+        return 1 if self.packed else max(self.multiple // self._pixels, 1)
 
     def to_grid(self, x: Tensor, size: Size) -> Tensor:
-        if self._packed:
+        if self.packed:
             return rearrange(x, "b (h w) c -> b c h w", h=self.grid(size)[0])
         return super().to_grid(x, size)
 
     def from_grid(self, grid: Tensor) -> Tensor:
-        if self._packed:
+        if self.packed:
             return rearrange(grid, "b c h w -> b (h w) c")
         return super().from_grid(grid)
 
