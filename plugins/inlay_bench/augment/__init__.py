@@ -1,0 +1,1 @@
+"""Synthetic data: objects inserted into a folder of pictures, with their boxes and masks."""
