@@ -306,6 +306,16 @@ conflicts: none
 """
 
 
+def test_a_branch_is_under_one_prompt_in_all_passes(pipe):
+    def two(need):
+        need.pass_("before")
+        need.lane("twice", "before", prompt="source")
+        need.lane("twice", prompt="edit")
+
+    with pytest.raises(PlanConflict, match="passes: a branch has two prompts.*twice/text"):
+        plan(pipe, {"two": declare(two)})
+
+
 def test_the_table_says_it_all(pipe):
     options = {"from_": "source", "keys": "image"}
     share = Editor("append", options=options, active=[0, 1])

@@ -255,6 +255,10 @@ def make_plan(
     check_order(plugins, draft)
     names = [key for what, key in draft.fields if what == "pass" and key != "edit"]
     passes = tuple(plan_pass(name, draft, request, backbone) for name in (*names, "edit"))
+    under = {(b.name, b.cond) for p in passes for b in p.branches}  # conditions go by branch
+    if len(under) > len(dict(under)):
+        fix = f"Name one of the lanes otherwise: {sorted(under)}."
+        raise PlanConflict("a branch has two prompts in two passes", where="passes", fix=fix)
     alive = {(p.name, ln.name): frozenset(ln.steps) for p in passes for ln in p.lanes}
     alive |= {(p.name, b.name): frozenset(b.steps) for p in passes for b in p.branches}
     edits = tuple(clip(e, (e.pass_, e.lane), alive) for e in draft.edits)
