@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlay_attention import AttnEdits, Rows  # isort: skip
     from inlay_config.errors import ConfigError, InlayError, InputError, ModelError  # isort: skip
-    from inlay_config.errors import PlanConflict, PluginError, SeamMissed  # isort: skip
+    from inlay_config.errors import PlanConflict, PluginError, SeamMissed, Stopped  # isort: skip
     from inlay_config.images import open_image  # isort: skip
     from inlay_config.registry import resolve_model  # isort: skip
     from inlay_guest import attach, denoiser  # isort: skip
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "InlayError", "InputError", "Lane",
     "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
-    "SeamMissed", "Session", "Step", "Window", "attach", "denoiser", "hookimpl", "open_image",
-    "resolve_model", "run", "tabulate",
+    "SeamMissed", "Session", "Step", "Stopped", "Window", "attach", "denoiser", "hookimpl",
+    "open_image", "resolve_model", "run", "tabulate",
 ]  # fmt: skip
 HOMES = "hookspecs frames events plan session backbones.levels backbones.text cli.experiment"
 

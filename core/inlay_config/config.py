@@ -103,6 +103,8 @@ class Experiment:
     resolve: list[dict[str, str]] = field(default_factory=list)  # {site, winner} where edits clash
     gradient: Gradient = field(default_factory=Gradient)
     store: Stored = field(default_factory=Stored)
+    ladder: list[dict[str, Any]] = field(default_factory=list)  # what to try next (docs/scenes.md)
+    scene: list[dict[str, Any]] = field(default_factory=list)  # objects to insert one by one
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -134,9 +136,19 @@ def _compiles(asked: Any) -> bool:
     return isinstance(asked, bool) or (isinstance(asked, dict) and asked.keys() <= set(COMPILE))
 
 
-def load(name: str | Path, overrides: Iterable[str] = ()) -> Experiment:
-    """The experiment of a packaged name (`addit`) or a YAML file, `key=value` over it."""
-    return _build([*_layers(_find(str(name))), *map(_override, overrides)])
+def load(
+    name: str | Path, overrides: Iterable[str] = (), layer: Mapping[str, Any] | None = None
+) -> Experiment:
+    """The experiment of a packaged name (`addit`) or a YAML file, `layer` (plain data) and then
+    `key=value` over it."""
+    above = [("", OmegaConf.create(dict(layer)))] if layer else []
+    return _build([*_layers(_find(str(name))), *above, *map(_override, overrides)])
+
+
+def over(experiment: Experiment, layer: Mapping[str, Any]) -> Experiment:
+    """Plain data over an experiment, key by key."""
+    layers = [to_dict(experiment), dict(layer)]
+    return _build([("", OmegaConf.create(values)) for values in layers])
 
 
 def from_dict(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:

@@ -37,3 +37,12 @@ class PluginError(InlayError):
 
 class ModelError(InlayError):
     """A model cannot be found, trusted or driven."""
+
+
+class Stopped(InlayError):
+    """A plugin ended a run before its last step, on purpose. scores: how well each picture did, by
+    which `inlay.cli.ladder` compares what it has tried; step: where it was."""
+
+    def __init__(self, problem: str, *, scores: list[float], step: int, **told: str) -> None:
+        super().__init__(problem, **told)
+        self.scores, self.step = scores, step

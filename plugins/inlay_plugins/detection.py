@@ -27,6 +27,13 @@ class GroundingDino:
     def box(self, picture: Tensor, words: str, threshold: float) -> list[float] | None:
         """The surest box of the words that scores above the threshold: left, top, right, bottom in
         pixels; None where there is none."""
+        found = self.surest(picture, words, threshold)
+        return found[1] if found else None
+
+    def surest(
+        self, picture: Tensor, words: str, threshold: float
+    ) -> tuple[float, list[float]] | None:
+        """Its score in 0..1 as well."""
         given = self.processor(
             images=_pil(picture), text=f"a {words.lower()}.", return_tensors="pt"
         )
@@ -38,7 +45,8 @@ class GroundingDino:
         )
         if not len(found["scores"]):
             return None
-        return [float(edge) for edge in found["boxes"][found["scores"].argmax()]]
+        best = int(found["scores"].argmax())
+        return float(found["scores"][best]), [float(edge) for edge in found["boxes"][best]]
 
 
 class ClipSeg:

@@ -16,6 +16,7 @@ from inlay.cli import models
 from inlay.cli.listing import plugins
 from inlay.cli.plan import plan
 from inlay.cli.run import run
+from inlay.cli.scene import scene
 from inlay.cli.verbs import Verbs
 from inlay_config.errors import InlayError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(plan)
+app.command()(scene)
 app.command()(plugins)
 app.add_typer(models.app, name="models")
 

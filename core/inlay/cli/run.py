@@ -57,7 +57,13 @@ def run(
     for folder in folders.values():
         output.check(folder)
     shown = {"profile": profile, "film": trace_images, "quiet": as_json}
-    reports = [_run(job, folders[name], **shown) for name, job in jobs.items()]
+    given = {Path(name).stem: name for name in names}
+    reports = [
+        _play(given[name], overrides, folders[name], quiet=as_json)
+        if job.scene
+        else _run(job, folders[name], **shown)
+        for name, job in jobs.items()
+    ]
     if len(jobs) > 1:
         _stack_sheets(list(folders.values()), root)
     if as_json:
@@ -71,9 +77,20 @@ def _expand(names: list[str]) -> list[str]:
     return [each for name in names for each in inside[name] or [name]]
 
 
+def _play(name: str, overrides: list[str], folder: Path, quiet: bool) -> dict[str, Any]:
+    """A scene: a folder for each object."""
+    from inlay.cli import scene
+
+    hush_loading_bars()
+    told = scene.play(name, overrides, folder, quiet)
+    if not quiet:
+        typer.echo(scene.table(told, folder))
+    return {"out": str(folder), "scene": told}
+
+
 def _run(job: Experiment, folder: Path, profile: bool, film: bool, quiet: bool) -> dict[str, Any]:
-    from inlay.cli.experiment import execute
     from inlay.cli.film import Film
+    from inlay.cli.ladder import climb
     from inlay.cli.output import staged
     from inlay.cli.progress import Progress
     from inlay.cli.sheet import contact_sheet
@@ -90,7 +107,7 @@ def _run(job: Experiment, folder: Path, profile: bool, film: bool, quiet: bool) 
                 if roll:
                     roll.update(event)
 
-            result = execute(job, told, tracer)
+            result = climb(job, told, tracer)
         result.save(stage)
         save(contact_sheet(result, job), stage / "sheet.png")
         if roll:

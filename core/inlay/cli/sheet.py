@@ -36,6 +36,28 @@ def contact_sheet(result: Result, experiment: Experiment) -> Image.Image:
     return sheet
 
 
+def scene_sheet(
+    rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]], int]],
+) -> Image.Image:
+    """A row per object of a scene: its name, pictures with their titles, the taken one framed."""
+    width, height = _panel_size(rows[0][1][0][1])
+    columns, head = max(len(shown) for _, shown, _ in rows), TEXT + GAP
+    across, down = GAP + columns * (width + GAP), GAP + len(rows) * (head + height + GAP)
+    sheet = Image.new("RGB", (across, down), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
+    for row, (name, shown, taken) in enumerate(rows):
+        top = GAP + row * (head + height + GAP)
+        for column, (title, picture) in enumerate(shown):
+            left = GAP + column * (width + GAP)
+            note = _fit(f"{name}: {title}" if column == 0 else title, width, font)
+            draw.text((left, top), note, fill=INK if column == taken else FAINT, font=font)
+            sheet.paste(_enlarge(picture, (width, height)), (left, top + head))
+            if column == taken:
+                corners = (left - 3, top + head - 3, left + width + 2, top + head + height + 2)
+                draw.rectangle(corners, outline=INK, width=3)
+    return sheet
+
+
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
     """Several sheets below each other."""
     size = max(s.width for s in sheets), sum(s.height for s in sheets)
