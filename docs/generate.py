@@ -61,9 +61,10 @@ def pair_matrix() -> str:
     names, number = compositions.PLUGINS, count(1)
     cells = {}
     for pair, verdicts in pair_verdicts().items():
-        cell = {PAIR_CELLS.get(said, "**×**"): "" for said in verdicts}
-        refused = [str(next(number)) for said in verdicts if said not in PAIR_CELLS]
-        cells[pair] = " ".join([*cell, ", ".join(refused)]).strip()
+        cell = [PAIR_CELLS[said] for said in verdicts if said in PAIR_CELLS]
+        if refused := [str(next(number)) for said in verdicts if said not in PAIR_CELLS]:
+            cell.append("**×** " + ", ".join(refused))
+        cells[pair] = " ".join(cell)
     lines = ["| | | " + " | ".join(map(str, range(2, len(names) + 1))) + " |",
              "|---|---" + "|:---:" * (len(names) - 1) + "|"]  # fmt: skip
     for i, row in enumerate(names):
