@@ -128,41 +128,43 @@ class Guest:
         with self._stack:
             self._call.close(finish)
 
-    def _start(self) -> None:
-        """A call of the pipeline begins."""
-        self._call.close(finish=True)
-        self._call = Call(self, thread=threading.get_ident())
-
     def _ours(self) -> bool:
         """Whether a call goes on, in this thread: others may use the same model meanwhile, and so
         may plugins inside their events."""
         return self._call.thread == threading.get_ident() and not self._call.inside
 
+    def _preparing(self, begins: bool) -> bool:
+        """Whether a call is on its way to its loop; begins: one begins here if none does."""
+        if begins and not self._call.inside and (self._call.run or not self._ours()):
+            self._call.close(finish=True)
+            self._call = Call(self, thread=threading.get_ident())
+        return self._ours() and not self._call.run
+
     def _check_inputs(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._start()
+        if not self._call.inside:
+            self._call.close(finish=True)
+        self._preparing(begins=True)
         return call(*args, **kwargs)
 
     def _encode_prompt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self.pipe, "check_inputs") and (self._call.run or not self._ours()):
-            self._start()
-        if self._ours() and not self._call.run:
+        if self._preparing(begins=not hasattr(self.pipe, "check_inputs")):
             return self._call.prompts.record(call, *args, **kwargs)
         return call(*args, **kwargs)
 
     def _prepare_latents(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(call).bind(*args, **kwargs).arguments
-        sides = given.get("height"), given.get("width")
-        if self._ours() and isinstance(sides[0], int) and isinstance(sides[1], int):
-            self._call.size = sides[0], sides[1]
+        if self._preparing(begins=not hasattr(self.pipe, "check_inputs")):
+            given = inspect.signature(call).bind(*args, **kwargs).arguments
+            sides = given.get("height"), given.get("width")
+            if isinstance(sides[0], int) and isinstance(sides[1], int):
+                self._call.size = sides[0], sides[1]
         return call(*args, **kwargs)
 
     def _progress_bar(
         self, call: Callable[..., Any], iterable: Any = None, total: int | None = None
     ) -> Any:
-        if self._call.run or not self._ours():
-            self._start()
-        order = getattr(self.pipe.scheduler, "order", 1)
-        self._call.steps = len(iterable) // order if total is None else total
+        if self._preparing(begins=True):
+            order = getattr(self.pipe.scheduler, "order", 1)
+            self._call.steps = len(iterable) // order if total is None else total
         return call(iterable, total)
 
     def _enter(self, module: Any, args: Any, kwargs: Any) -> None:
