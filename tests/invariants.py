@@ -22,7 +22,8 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 class Case:
     """says: the invariant, for docs/compose.md; holds: its check; companions: plugins that provide
     what this one asks for; beside: further options where the other plugin would undo its effect;
-    draws: whether it changes the picture, else it only publishes `board`.
+    draws: whether it changes the picture, else it only publishes `board`. model: the kind that it
+    needs, where it is none of the matrix's; the plugin's own test then runs the check.
     """
 
     says: str
@@ -32,6 +33,7 @@ class Case:
     beside: dict[str, dict] = field(default_factory=dict)
     draws: bool = True
     board: tuple[str, ...] = ()
+    model: str = ""
 
 
 def source_trajectory(made, without):
@@ -242,6 +244,13 @@ def presence(made, without):
     assert torch.equal(made.picture, without.picture)
 
 
+def instruct(made, without):
+    for step in made.record.steps:
+        text, image, null = (step.preds[f"edit/{role}"] for role in ("text", "image", "null"))
+        mixed = -0.5 * null + (1.5 - 3) * image + 3 * text  # s_I = 1.5, s_T = 3
+        torch.testing.assert_close(step.output["edit"], mixed, **CLOSE)
+
+
 def attention_injection(made, without):
     """The edit's own queries and keys of the picture may be anything."""
     generator = torch.Generator().manual_seed(0)
@@ -264,7 +273,19 @@ def null_text(made, without):
     assert run.conds["edit/null"] is run.conds["source/null_text"]
 
 
+def letterbox(made, without):
+    assert made.board["box:letterbox"] == (0, 0, *made.board["image:source"].shape[:-3:-1])
+    assert torch.equal(made.board["image:source"], without.board["image:source"])
+    assert torch.equal(made.picture, without.picture)
+
+
 CASES = {
+    "letterbox": Case(
+        "a picture of the frame's shape fills it, and no bit of the picture changes",
+        letterbox,
+        draws=False,
+        board=("box:letterbox",),
+    ),
     "source_trajectory": Case(
         "at every step the lane `source` is the source picture at that step's noise level",
         source_trajectory,
@@ -424,11 +445,18 @@ CASES = {
         "where it acts, the edit's picture is answered without any query or key of its own",
         attention_injection,
         {"active": [0, 1]},
+        ("source_trajectory",),
     ),
     "null_text": Case(
         "the edit starts where the inverted source ends, and both are guided from one null prompt",
         null_text,
         {"iterations": 1},
         ("source_trajectory",),
+    ),
+    "instruct": Case(
+        "the output is 1 - s_I parts of the row without picture and text, s_I - s_T of that without "
+        "text, and s_T of that with both",
+        instruct,
+        model="instruct-pix2pix",
     ),
 }
