@@ -26,7 +26,10 @@ from .lowering import SiteProgram
 class _Local(threading.local):
     """running: (site, what was running around it) of this thread, and nothing else."""
 
-    running: tuple[_Site, Any] | None = None
+    running: tuple[_Site, Any] | None
+
+    def __init__(self) -> None:  # dynamo guards on an attribute of this thread's own, not a class's
+        self.running = None
 
 
 class _Site:
