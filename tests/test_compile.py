@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 import inlay
 from inlay import ConfigError, ModelError
+from inlay.cli.trace import Tracer
 from inlay_attention import AttnEdits, Key, Probe, Rows, Seam, SiteProgram, attention_modules
 from inlay_config.config import Experiment, Gradient
 from models import conds, flux, stable_diffusion
@@ -110,12 +111,15 @@ def test_a_window_costs_one_more_graph_and_numbers_cost_none(graphs):
     pipe = tiny_flux()
     windowed = {"a": Ramp(active=[1, 2])}
     expected = run(inlay.Session(pipe, windowed), steps=4)
-    session = inlay.Session(pipe, windowed, compile={"backend": backend(graphs)})
+    tracer, options = Tracer(), {"backend": backend(graphs)}
+    session = inlay.Session(pipe, windowed, compile=options, tracer=tracer)
     with ThreadPoolExecutor(1) as fresh:  # nothing ran in this thread before
         assert torch.equal(fresh.submit(run, session, steps=4).result(), expected)
     assert len(graphs) == 2
     assert torch.equal(run(session, steps=4), expected)
     assert len(graphs) == 2
+    timed = {what: calls for (what, _), (calls, _) in tracer.spent.items()}
+    assert timed["model"] == 8 and "site" not in timed  # sites are part of the compiled model
 
 
 def test_regional_compilation_compiles_equal_blocks_once(graphs):
