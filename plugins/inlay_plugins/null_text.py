@@ -23,8 +23,10 @@ class NullText(Plugin):
     """Consumes `latent:source`; publishes `start:edit`. A pass of its own inverts the source, under
     prompt.source without guidance; in the edit's pass the lane `source` is written by this plugin.
 
-    path: the source's latents `1 …`, noisiest first.
+    path: the source's latents `1 …`, noisiest first. It answers for its lane before a guider does.
     """
+
+    before = ("guider",)
 
     @dataclass
     class Config:
