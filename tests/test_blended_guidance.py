@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from inlay import ConfigError, InputError, ModelError, Plugin, Session, hookimpl
+from inlay.backbones import adapt
 from inlay_bench import packages
 from inlay_config.config import Gradient
 from inlay_plugins import clips, views
@@ -15,7 +16,7 @@ from inlay_plugins.background_loss import BackgroundLoss
 from inlay_plugins.clip_guidance import ClipGuidance
 from inlay_plugins.range_loss import RangeLoss
 from inlay_toybox import world
-from models import conds, flux, pixel, stable_diffusion
+from models import conds, flux, pixel, stable_diffusion, stable_diffusion_xl
 from spies import plugin
 
 CLIP = clips.load("toybox/clip")
@@ -270,6 +271,18 @@ def test_the_first_of_algorithm_2_and_the_sum_of_all_compose_in_one_run():
 def test_what_cannot_guide_is_refused(options, asked, error, message):
     with pytest.raises(error, match=message):
         drawn(plugins={"clip_guidance": options}, **asked)
+
+
+def test_an_autoencoder_that_float16_overflows_decodes_but_does_not_guide():
+    """Stable Diffusion XL's is upcast for a picture, which a backward could not follow."""
+    backbone = adapt(stable_diffusion_xl().to(torch.float16))
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        picture = backbone.pixels(latent, (32, 32))
+    assert picture.dtype == torch.float32 and picture.isfinite().all()
+    assert backbone.pipe.vae.dtype == torch.float16
+    with pytest.raises(ModelError, match="dtype: float16 overflows this autoencoder"):
+        backbone.pixels(latent.requires_grad_(), (32, 32))
 
 
 def test_a_scheduler_without_variance_cannot_move_the_mean():

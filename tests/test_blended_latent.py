@@ -239,6 +239,13 @@ def test_a_region_decides_greys_then_grows_then_swaps():
     assert torch.equal(region(grey, threshold=0.5, grow=1, invert=True), 1 - grown)
 
 
+def test_a_region_of_nothing_is_refused():
+    white = torch.ones(1, 1, 16, 16)
+    for mask, options in ((0 * MASK, {}), (MASK, {"grow": -4}), (white, {"invert": True})):
+        with pytest.raises(InputError, match=r"plugins\.Region: nothing is left to be edited"):
+            region(mask, **options)
+
+
 def test_without_a_mask_a_region_is_its_box():
     box = region(box=[0.5, 0.25, 1.0, 0.5])
     assert box.shape == (1, 1, 8, 10) and box.sum() == 10 and box[..., 2:4, 5:].all()

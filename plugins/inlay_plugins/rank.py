@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay import Needs, Plugin, Result, Run, hookimpl
-from inlay_plugins import clips, masks
+from inlay_plugins import clips, views
 
 
 class Rank(Plugin):
@@ -61,7 +61,7 @@ class Rank(Plugin):
             return
         pictures, mask = result.images["edit"], None
         if self.cfg.scope != "image":
-            mask = masks.resize(run.board[self.cfg.mask].to(pictures), pictures.shape[-2:])
+            mask = views.region(run, self.cfg.mask, pictures)
         scores = self.scores(pictures, mask, str(run.device))
         order = scores.argsort(stable=True)
         result.images["edit"] = pictures[order.to(pictures.device)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from inlay import ConfigError, Needs, Plugin, Run, hookimpl
+from inlay import ConfigError, InputError, Needs, Plugin, Run, hookimpl
 from inlay_plugins import masks
 
 
 class Region(Plugin):
-    """Publishes `mask:region`, `1 1 h w` in 0..1 at the picture's size."""
+    """Publishes `mask:region`, `1 1 h w` in 0..1 at the picture's size; black everywhere is an
+    error."""
 
     @dataclass
     class Config:
@@ -51,4 +52,8 @@ class Region(Plugin):
             mask = masks.dilate(mask, cfg.grow)
         else:
             mask = 1 - masks.dilate(1 - mask, -cfg.grow)
-        run.board["mask:region"] = 1 - mask if cfg.invert else mask
+        mask = 1 - mask if cfg.invert else mask
+        if not mask.any():
+            fix = "Paint white what may change, or look at grow and invert."
+            raise InputError("nothing is left to be edited", where=f"plugins.{self.name}", fix=fix)
+        run.board["mask:region"] = mask

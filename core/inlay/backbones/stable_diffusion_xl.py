@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay_config.errors import ModelError
+
 from .base import Size
 from .stable_diffusion import StableDiffusion
 from .text import Cond, pieces
@@ -56,6 +58,10 @@ class StableDiffusionXL(StableDiffusion):
         with self._upcast():
             return super().encode_image(image)
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
+    def pixels(self, x: Tensor, size: Size) -> Tensor:
+        vae = self.pipe.vae
+        if torch.is_grad_enabled() and vae.dtype == torch.float16 and vae.config.force_upcast:
+            problem = "float16 overflows this autoencoder, and its backward cannot be upcast"
+            raise ModelError(problem, where="dtype", fix="Use bfloat16 or float32.")
         with self._upcast():
-            return super().decode(x, size)
+            return super().pixels(x, size)
