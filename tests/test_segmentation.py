@@ -114,7 +114,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path):
     assert not mark.exists()
 
 
-def test_a_checkpoint_goes_with_its_configuration(tmp_path):
+def test_a_checkpoint_goes_with_its_configuration(tmp_path, monkeypatch):
     torch.manual_seed(0)
     with resources.as_file(resources.files("sam2") / "configs/sam2.1/sam2.1_hiera_t.yaml") as file:
         model = segmentation.build(file)
@@ -122,6 +122,11 @@ def test_a_checkpoint_goes_with_its_configuration(tmp_path):
     loaded = segmentation.load(name, "sam2.1_hiera_t")
     assert torch.equal(loaded.predictor.model.no_mem_embed, model.no_mem_embed)
     assert loaded.side == 256
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: asked.append(a) or name)
+    same = segmentation.load("facebook/sam2.1-hiera-tiny").predictor.model
+    assert torch.equal(same.no_mem_embed, model.no_mem_embed)
+    assert asked == [("facebook/sam2.1-hiera-tiny", "sam2.1_hiera_tiny.pt")]
     segmentation.load.cache_clear()
     name = checkpoint(tmp_path, {"model": load_file(TOYBOX / "model.safetensors")}, "toy.pt")
     with pytest.raises(ModelError, match=r"toy\.pt: the checkpoint does not fit its configuration"):

@@ -190,8 +190,8 @@ class SubjectMask(Plugin):
             moved = step.x0["edit"] - run.board["latent:source"]
             return run.backbone.to_grid(moved, run.size).norm(dim=1, keepdim=True)
 
-        maps = [_picture(total, self.sites[site], grid) for site, total in self.sums.items()]
-        mean = torch.stack(maps).mean(0)
+        read = [_picture(total, self.sites[site], grid) for site, total in self.sums.items()]
+        mean = torch.stack(read).mean(0)
         smooth = masks.blur(mean * departure() if self.departs else mean)
         heat, flat = masks.minmax(smooth), masks.is_flat(smooth)
         if flat.any():
@@ -207,10 +207,8 @@ class SubjectMask(Plugin):
         ]
         if self.cfg.localiser not in ATTENTION:
             pictures = run.backbone.decode(step.x0["edit"].to(run.dtype), run.size).float()
-            seen = [
-                self._look(*each)
-                for each in zip(pictures, heat.split(1), mask.split(1), clicks, strict=True)
-            ]
+            maps = heat.cpu().split(1), mask.cpu().split(1), clicks
+            seen = [self._look(*each) for each in zip(pictures, *maps, strict=True)]
             heat, mask = (torch.cat(part).to(run.device) for part in zip(*seen, strict=True))
         self._write(run, clicks, heat, mask)
 
@@ -220,23 +218,26 @@ class SubjectMask(Plugin):
         """Map and mask `1 1 H W` by looking at a picture `3 H W`, or else from its attention map
         and mask `1 1 h w`."""
         size = picture.shape[-2:]
-        fallback = masks.resize_bilinear(heat, size), masks.resize_bilinear(mask, size) >= 0.5
+        wide, coarse = (masks.resize_bilinear(each, size) for each in (heat, mask))
+        coarse = (coarse >= 0.5).float()
         if self.cfg.localiser == "clipseg":
-            seen = torch.stack([self.clipseg.heat(picture, word) for word in self.words]).amax(0)
-            seen = seen[None, None]
-            if not masks.is_flat(seen):
-                return masks.minmax(seen), masks.otsu(seen)
-            self._warn("CLIPSeg's heat is constant; its attention map is used")
-            return fallback[0], fallback[1].float()
+            seen = torch.stack([self.clipseg.heat(picture, word) for word in self.words])
+            hot = seen.amax(0)[None, None]
+            if not masks.is_flat(hot):
+                return masks.minmax(hot), masks.otsu(hot)
+            self._warn("CLIPSeg's heat is constant; the attention map's mask is used")
+            return wide, coarse
         hints = self._hints(picture, heat, mask, clicks)
         union = self.cfg.mode == "reference" and self.cfg.localiser == "box"
         found = segmentation.segment(self.segmenter, picture, hints, union)
         if found.any() and not found.all():
-            return fallback[0], found[None, None].float()
+            return wide, found[None, None].float()
         if mask.mean() < 1:  # else it has been told already
             what = "the whole picture" if found.any() else "nothing"
-            self._warn(f"{self.cfg.localiser} finds {what}; the attention map's mask is used")
-        return fallback[0], fallback[1].float()
+            self._warn(
+                f"localiser {self.cfg.localiser} finds {what}; the attention map's mask is used"
+            )
+        return wide, coarse
 
     def _hints(
         self, picture: Tensor, heat: Tensor, mask: Tensor, clicks: list[tuple[int, int]]
