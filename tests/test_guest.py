@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import inlay
-import pages
 from folders import save_flux
 from guests import MASK, PICTURE, SEED, STEPS, STOCK
 from inlay import ConfigError, InputError, ModelError, PlanConflict, PluginError, backbones
@@ -539,14 +538,3 @@ def test_a_copied_scheduler_is_nobody_s(pipes):
         x = torch.ones(1, 4, 4, 4)
         assert own.step(x, own.timesteps[0], x).prev_sample.shape == x.shape
         assert own.step.__self__ is own and not seen
-
-
-# the page -------------------------------------------------------------------------------------
-
-
-def test_the_page_runs(tmp_path):
-    code = "\n".join(pages.blocks(pages.read("docs/guest.md"), "python"))
-    made = pages.module(code, tmp_path, "guest_page")
-    assert made.heat.max() == 1 and made.latent.shape[0] == 1
-    assert made.warmer.size == (64, 64) and made.pasted.shape == (64, 64, 3)
-    assert torch.isfinite(made.x).all() and made.x.abs().max() < 10

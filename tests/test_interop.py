@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import inlay
+import pages
 from inlay import ConfigError, InputError, PlanConflict
 from inlay_plugins.guider import Guider, pure
 from models import conds, flux, stable_diffusion
@@ -215,3 +216,14 @@ def test_without_a_null_branch_nothing_is_guided(sd):
         for plugins in ({}, {"guider": {}})
     ]
     assert torch.equal(*runs)
+
+
+# the page -------------------------------------------------------------------------------------
+
+
+def test_the_page_runs(tmp_path):
+    code = "\n".join(pages.blocks(pages.read("docs/guest.md"), "python"))
+    made = pages.module(code, tmp_path, "guest_page")
+    assert made.heat.max() == 1 and made.latent.shape[0] == 1
+    assert made.warmer.size == (64, 64) and made.pasted.shape == (64, 64, 3)
+    assert torch.isfinite(made.x).all() and made.x.abs().max() < 10
