@@ -6,6 +6,7 @@ from bench_session import toybox_flux
 from pairs import ratio, report
 
 import inlay
+from inlay_attention import Store
 from inlay_config.config import Experiment, Prompt
 from models import flux
 
@@ -71,3 +72,22 @@ def bench_forward_units(benchmark):
     benchmark.pedantic(count, rounds=3)
     what = f"forward units of Add-it on a picture, {STEPS} steps, of {units['all']}"
     report("units", what, "43 of 60", units["skipping"], units == {"skipping": 43, "all": 60})
+
+
+def bench_forward_units_of_further_seeds(benchmark):
+    """More seeds of one source: rows of the edit alone, where the source is there already."""
+    pipe, store, units = flux(), Store(), {}
+
+    def count():
+        for name, n, kept in (("batch", 8, None), ("stored", 1, store)):
+            session = inlay.Session(pipe, PLUGINS, store=kept)
+            prompt = Prompt(source="a road", edit="a dog on a road")
+            asked = Experiment(prompt=prompt, steps=STEPS, size=[32, 32], guidance=3.5, n=n)
+            plan = session.plan(asked, None, ["image"])
+            units[name] = sum(plan.evaluations.values()) / n
+
+    store.facts["recorded"] = "by a run before"
+    benchmark.pedantic(count, rounds=3)
+    what = f"forward units of Add-it per further seed, {STEPS} steps, a stored source"
+    value, more = units["stored"], {"eight seeds in one batch, each": units["batch"]}
+    report("units_seeds", what, "26 to 28", value, 26 <= value <= 28, **more)
