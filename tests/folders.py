@@ -1,4 +1,5 @@
-"""A tiny random FLUX pipeline on disk, with tokenizers and text encoders."""
+"""Tiny random pipelines on disk, with tokenizers and text encoders: prompts are spelled letter by
+letter, so words are several tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import string
 from pathlib import Path
 
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -21,19 +25,15 @@ import models
 WIDTH, TOKENS = 16, 32
 
 
-def save_flux(folder: Path) -> Path:
-    """Write the pipeline; prompts are spelled letter by letter, so words are several tokens."""
-    pipe = models.flux()
-    torch.manual_seed(1)
-    letters = [*string.ascii_letters, *string.digits, *",.'-"]
+LETTERS = [*string.ascii_letters, *string.digits, *",.'-"]
+
+
+def _clip() -> dict:
+    """CLIP's tokenizer and text encoder."""
     ends = ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {piece: i for i, piece in enumerate([*letters, *(f"{x}</w>" for x in letters), *ends])}
+    vocab = {piece: i for i, piece in enumerate([*LETTERS, *(f"{x}</w>" for x in LETTERS), *ends])}
     clip = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
-    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
-    t5 = T5TokenizerFast(
-        vocab=[*pieces, *((x, -1.0) for x in ["▁", *letters])], extra_ids=0, model_max_length=TOKENS
-    )
-    clip_config = CLIPTextConfig(
+    config = CLIPTextConfig(
         vocab_size=len(clip),
         hidden_size=WIDTH,
         intermediate_size=WIDTH,
@@ -44,14 +44,41 @@ def save_flux(folder: Path) -> Path:
         bos_token_id=clip.bos_token_id,
         eos_token_id=clip.eos_token_id,
     )
+    return {"tokenizer": clip, "text_encoder": CLIPTextModel(config).eval()}
+
+
+def _watched() -> dict:
+    """A safety checker and its processor, as Stable Diffusion's folders have."""
+    one = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    one |= {"num_attention_heads": 1, "projection_dim": 8}
+    vision = {**one, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=one, vision_config=vision, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    return {"safety_checker": checker, "feature_extractor": CLIPImageProcessor()}
+
+
+def save_instruct(folder: Path) -> Path:
+    """The layout of timbrooks/instruct-pix2pix."""
+    pipe = models.instruct_pix2pix()
+    torch.manual_seed(1)
+    pipe.register_modules(**_clip(), **_watched())
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_flux(folder: Path) -> Path:
+    """The layout of FLUX.1, and the toybox's settings.json."""
+    pipe = models.flux()
+    torch.manual_seed(1)
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    t5 = T5TokenizerFast(
+        vocab=[*pieces, *((x, -1.0) for x in ["▁", *LETTERS])], extra_ids=0, model_max_length=TOKENS
+    )
     t5_config = T5Config(
         vocab_size=len(t5), d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2
     )
     pipe.register_modules(
-        tokenizer=clip,
-        tokenizer_2=t5,
-        text_encoder=CLIPTextModel(clip_config).eval(),
-        text_encoder_2=T5EncoderModel(t5_config).eval(),
+        **_clip(), tokenizer_2=t5, text_encoder_2=T5EncoderModel(t5_config).eval()
     )
     pipe.save_pretrained(folder)
     settings = {"height": 32, "width": 32, "max_sequence_length": TOKENS}

@@ -454,8 +454,8 @@ CASES = {
         ("source_trajectory",),
     ),
     "instruct": Case(
-        "the output is 1 - s_I parts of the row without picture and text, s_I - s_T of that without "
-        "text, and s_T of that with both",
+        "the output is 1 - s_I parts of the row that sees nothing, s_I - s_T of the one that sees "
+        "the picture, and s_T of the one that sees picture and instruction",
         instruct,
         model="instruct-pix2pix",
     ),

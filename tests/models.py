@@ -14,6 +14,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -61,11 +62,12 @@ def flux(seed: int = 0) -> FluxPipeline:
     return pipe
 
 
-def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
-    """Three levels with 22 attention modules of two heads, text width 16, VAE factor 2."""
+def _unet(seed: int, channels: int) -> UNet2DConditionModel:
+    """Three levels with 22 attention modules of two heads, text width 16."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=16,
+        in_channels=channels,
         block_out_channels=(8, 8, 16),
         layers_per_block=1,
         cross_attention_dim=16,
@@ -74,7 +76,10 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
-    scheduler = DDIMScheduler(
+
+
+def _ddim() -> DDIMScheduler:
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -82,16 +87,23 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return StableDiffusionPipeline(
-        vae=_vae(4),
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+
+
+def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
+    """The U-Net above and a VAE of factor 2."""
+    return StableDiffusionPipeline(unet=_unet(seed, 4), vae=_vae(4), **_without_text())
+
+
+def instruct_pix2pix(seed: int = 0, channels: int = 8) -> StableDiffusionInstructPix2PixPipeline:
+    """The same with further channels for the picture."""
+    return StableDiffusionInstructPix2PixPipeline(
+        unet=_unet(seed, channels), vae=_vae(4), **_without_text()
     )
+
+
+def _without_text() -> dict:
+    parts = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    return {**dict.fromkeys(parts), "scheduler": _ddim(), "requires_safety_checker": False}
 
 
 def stable_diffusion_xl(seed: int = 0) -> StableDiffusionXLPipeline:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import inlay
 from folders import save_flux
@@ -12,7 +13,7 @@ from inlay.backbones import adapt
 from inlay.cli.experiment import plan_experiment
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
-from models import conds, flux, pixel, stable_diffusion
+from models import conds, flux, instruct_pix2pix, pixel, stable_diffusion
 from spies import Editor, plugin
 
 
@@ -327,17 +328,23 @@ def test_the_table_says_it_all(pipe):
 
 RECORDED = Path(__file__).parent / "plans"
 SHIPPED = [n for n in config.experiments() if not n.startswith(("presets/", "demo"))]
+OTHERS = {"toybox/ddpm": pixel, "timbrooks/instruct-pix2pix": instruct_pix2pix}
+PICTURED = (instruct_pix2pix,)  # whose experiments want a picture of the caller's
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_experiment_is_planned_as_recorded(folder, name, tmp_path):
-    """On a tiny FLUX, or over pixels, no weight loaded. After a change that is meant: write the new
-    table."""
-    if config.load(name).model == "toybox/ddpm":
-        pixel().save_pretrained(folder := tmp_path)
-    made = plan_experiment(
-        config.load(name, [f"model={folder}", "device=cpu", "size=32", "scheduler=null"])
-    )
+    """On a tiny FLUX, or the kind of model that it needs, no weight loaded. After a change that is
+    meant: write the new table."""
+    make = OTHERS.get(config.load(name).model)
+    if make:
+        make().save_pretrained(folder := tmp_path)
+    over = [f"model={folder}", "device=cpu", "size=32", "scheduler=null"]
+    if make in PICTURED:
+        picture = tmp_path / "picture.png"
+        Image.new("RGB", (32, 32)).save(picture)
+        over.append(f"input.image={picture}")
+    made = plan_experiment(config.load(name, over))
     assert str(made) + "\n" == (RECORDED / f"{name}.txt").read_text()
 
 

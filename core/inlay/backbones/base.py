@@ -81,7 +81,7 @@ class Backbone(Geometry):
         if given is not None:
             return given.to(self.device, self.dtype)
         sides = (side * self.patch for side in self.grid(size))
-        shape = (n, self.denoiser.config.in_channels, *sides)
+        shape = (n, self.channels, *sides)
         return randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
 
     def groups(self, branches: list[Branch]) -> tuple[tuple[str, ...], ...]:
@@ -95,6 +95,11 @@ class Backbone(Geometry):
     def unpack(self, x: Tensor, size: Size) -> Tensor:
         """Inverse of `pack`."""
         return x
+
+    @property
+    def channels(self) -> int:
+        """Channels of x_T: all that the model takes, where it takes nothing else."""
+        return int(self.denoiser.config.in_channels)
 
     @property
     def decodes(self) -> bool:

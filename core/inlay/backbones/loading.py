@@ -14,6 +14,7 @@ from .base import Backbone
 FAMILIES = {
     "FluxPipeline": "flux:Flux",
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionInstructPix2PixPipeline": "conditioned:InstructPix2Pix",
     "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
     "PixArtAlphaPipeline": "pixart:PixArt",
