@@ -59,6 +59,9 @@ def test_a_preset_expands_where_it_stands_and_takes_options() -> None:
     named = config.from_dict({"subject": "dog", "plugins": {"addit": {}}})
     assert named.plugins["subject_mask"]["subject"] == "dog"
     assert list(config.load("addit").plugins) == list(config.expand_presets({"addit": {}}))
+    beside = config.from_dict({"plugins": {"paste_back": {}, "addit": {}, "pag": {}}})
+    assert [*beside.plugins][:2] == ["paste_back", "source_trajectory"]
+    assert [*beside.plugins][-1] == "pag"
     with pytest.raises(ConfigError, match="'subject_mask' is listed twice"):
         config.expand_presets({"subject_mask": {}, "addit": {}})
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,8 @@ def expand_presets(plugins: Mapping[str, Any], exp: Experiment | None = None) ->
         if f"presets/{name}" in experiments():
             fragment = read_yaml(data_path("experiments") / "presets" / f"{name}.yaml").plugins
             merged = _merge(fragment, OmegaConf.create(dict(values or {})), where)
-            context = OmegaConf.merge(OmegaConf.structured(exp or Experiment), {"plugins": merged})
+            around = replace(exp, plugins={}) if exp else Experiment()
+            context = OmegaConf.merge(OmegaConf.structured(around), {"plugins": merged})
             options: Any = OmegaConf.to_container(context.plugins, resolve=True)
             group = {k: v for k, v in options.items() if v is not None}
         for key in expanded.keys() & group.keys():
