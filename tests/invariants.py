@@ -279,6 +279,14 @@ def letterbox(made, without):
     assert torch.equal(made.picture, without.picture)
 
 
+def reconstruct_background(made, without):
+    run, mask = made.record.run, made.board["mask:user"]
+    plain = run.backbone.decode(made.result.latents["edit"], run.size)
+    off = [((x - made.board["image:source"]) * (1 - mask)).square().mean() for x in
+           (made.picture, plain)]  # fmt: skip
+    assert off[0] < off[1]
+
+
 CASES = {
     "letterbox": Case(
         "a picture of the frame's shape fills it, and no bit of the picture changes",
@@ -458,5 +466,10 @@ CASES = {
         "the picture, and s_T of the one that sees picture and instruction",
         instruct,
         model="instruct-pix2pix",
+    ),
+    "reconstruct_background": Case(
+        "outside the mask its picture is nearer to the source than the decoded latent is",
+        reconstruct_background,
+        {"steps": 5, "rate": 1e-3, "mask": "mask:user"},
     ),
 }

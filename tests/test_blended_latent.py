@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from torch import nn
 
 import toys
-from inlay import ConfigError, InputError, Plugin, Session, Window, hookimpl
+from inlay import ConfigError, InputError, ModelError, Plugin, Session, Window, hookimpl
+from inlay_plugins.reconstruct_background import ReconstructBackground
 from inlay_plugins.region import Region
 from inlay_plugins.source_trajectory import SourceTrajectory
 from models import conds, pixel, stable_diffusion
@@ -16,6 +18,7 @@ from spies import plugin
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DDIM = SCALED | {"clip_sample": False, "set_alpha_to_one": False}
+SHAPES = [(1, (4, 8)), (2, (8, 3))]  # channels of the stored decoder
 MASK = torch.zeros(1, 1, 16, 16)
 MASK[..., 4:12, 4:12] = 1
 
@@ -220,6 +223,50 @@ def test_blending_in_pixels_leaves_the_source_outside_but_for_the_autoencoder():
     pixels = session.backbone.pixels(seen["x0"], (32, 32)) / 2 + 0.5
     expected = session.backbone.encode_image(mask * pixels + (1 - mask) * picture)
     torch.testing.assert_close(result.latents["edit"], expected, atol=2e-3, rtol=1e-4)
+
+
+def test_the_published_reconstruction_of_the_background():
+    """The decoder is tuned to the picture, and is as before afterwards."""
+    stored, card = toys.golden("bld_extras")
+    decoder = nn.ModuleDict({f"conv{i}": nn.Conv2d(*io, 3, padding=1) for i, io in SHAPES})
+    decoder.load_state_dict(
+        {k[8:]: v for k, v in stored.items() if k.startswith("decoder.")}, strict=True
+    )
+
+    def pixels(z, size):
+        hidden = decoder["conv1"](z / card["scale_factor"]).tanh()
+        return decoder["conv2"](hidden.repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+    vae = SimpleNamespace(decoder=decoder)
+    backbone = SimpleNamespace(
+        pixels=pixels,
+        decode=lambda z, size: (pixels(z, size) / 2 + 0.5).clamp(0, 1),
+        pipe=SimpleNamespace(vae=vae),
+    )
+    source = stored["background"] / 2 + 0.5
+    board = {"image:source": source, "mask:user": stored["mask"]}
+    run = SimpleNamespace(backbone=backbone, board=board, size=(32, 32))
+    result = SimpleNamespace(
+        images={"edit": stored["foreground"] / 2 + 0.5}, latents={"edit": stored["latent"]}
+    )
+    plugin = ReconstructBackground()
+    plugin.acts = True
+    with torch.no_grad():
+        plugin.inlay_final(run, result)
+    off = (result.images["edit"] - stored["weights.result01"]).abs().max()
+    assert off < card["tolerance_max_abs"]["result01"]
+    for name, weight in decoder.named_parameters():
+        assert torch.equal(weight, stored[f"decoder.{name}"]) and weight.grad is None
+        assert weight.requires_grad
+
+
+def test_a_model_without_decoder_is_told():
+    session = Session(pixel(), {"tuned": ReconstructBackground()})
+    with pytest.raises(ModelError, match=r"no decoder to be tuned\. Use paste_back"):
+        session.run(image=torch.rand(1, 3, 16, 16), mask=MASK, steps=1)
+    session = Session(pixel(), {"tuned": ReconstructBackground(ReconstructBackground.Config(-1))})
+    with pytest.raises(ConfigError, match=r"plugins\.tuned\.steps: -1 is below 0"):
+        session.run(image=torch.rand(1, 3, 16, 16), mask=MASK, steps=1)
 
 
 def region(mask=None, **options) -> torch.Tensor:
