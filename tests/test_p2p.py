@@ -1,4 +1,4 @@
-"""prompt_to_prompt, local_blend, attention_injection, null_text: their mathematics, against it
+"""Prompt-to-Prompt, its local blend, injection and inversions: their mathematics, against the same
 written out with every map in full, and what they refuse."""
 
 import pytest

@@ -75,8 +75,10 @@ class PromptToPrompt(Plugin):
             raise ConfigError(problem, where=f"{where}.self_tokens", fix=fix)
         routed = frozenset(s.name for s in self.sites.values() if s.kind == "self")
         mixed = frozenset(self.sites) - routed
-        if routed:
-            need.edit("route", "edit/text", routed, self.own, from_="source", how="qk", **options)
+        cross = frozenset(s.name for s in need.sites if s.kind == "cross")
+        for sites, steps in ((routed, self.own), (cross, every)):
+            if sites:
+                need.edit("route", "edit/text", sites, steps, from_="source", how="qk", **options)
         if mixed:
             need.edit("mix", "edit/text", mixed, self.own, from_="source", keys="image", **options)
 
@@ -94,6 +96,8 @@ class PromptToPrompt(Plugin):
         for word, weight in cfg.weights.items():
             self.weight[list(run.words[f"{self.name}/{word}"])] = weight
         self.words = {word: list(run.words[f"{self.name}/{word}"]) for word in self.by_word}
+        self.in_place = torch.equal(self.aligned.matrix, torch.eye(length))
+        self.matrix = self.aligned.matrix.to(run.device, run.dtype)
         run.board["columns:edit"] = self.columns
 
     def columns(self, step: int) -> alignment.Columns:
@@ -105,15 +109,21 @@ class PromptToPrompt(Plugin):
         return alignment.Columns(self.aligned.matrix, active * self.aligned.known, weight)
 
     @hookimpl
+    def inlay_pre_step(self, run: Run, step: Step) -> None:
+        made = self.columns(step.index)
+        self.taken, self.all_taken = bool(made.share.any()), bool(made.share.all())
+        self.weighed = bool((made.weight != 1).any())
+        self.share, self.weighing = (t.to(run.device, run.dtype) for t in (made.share, made.weight))
+
+    @hookimpl
     def inlay_attention(self, run: Run, step: Step, site: AttnSite, edits: AttnEdits) -> None:
         on = edits.on("edit/text", "image")
-        if site.kind != "self":
-            made = self.columns(step.index)
-            share, weight = (t.to(run.device, run.dtype) for t in (made.share, made.weight))
-            if bool(share.any()):
-                on.mix("source", "text", share, made.matrix.to(run.device, run.dtype))
-            if bool((weight != 1).any()):
-                on.scale("text", weight)
+        if site.kind == "cross" and self.all_taken and self.in_place:
+            on.route(qk="source")  # the same, and costs nothing
+        elif site.kind != "self" and self.taken:
+            on.mix("source", "text", self.share, None if self.in_place else self.matrix)
+        if site.kind != "self" and self.weighed:
+            on.scale("text", self.weighing)
         if site.name in self.sites and step.index in self.own:
             if site.kind == "self":
                 on.route(qk="source")
