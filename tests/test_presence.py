@@ -1,7 +1,10 @@
 """Whether the subject is there: the plugin that says so, and the ladder that tries again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import folders
@@ -49,7 +52,18 @@ def test_a_picture_is_scored_by_the_two_prompts_and_the_manifest_says_so():
     for sign in (1.0, -1.0):
         result = run(Presence(Presence.Config(), loaded=bright(sign)))
         assert result.board["presence:scores"].tolist() == [sign, sign]
-        assert result.record["presence"] == {"scores": [sign, sign], "present": sign > 0}
+        told = {"scores": [sign, sign], "present": sign > 0, "best": 0}
+        assert result.record["presence"] == told
+
+
+def test_the_best_shows_the_subject_and_fits_the_whole_prompt():
+    """By (cosine to prompt.edit, to prompt.source): the first lost the source, the last lacks the
+    subject."""
+    seen = F.normalize(torch.tensor([[0.5, 0.0, 0.8], [0.6, 0.5, 0.6], [0.7, 0.71, 0.1]]))
+    clip = replace(bright(1.0), see=lambda pictures: seen, read=lambda _: torch.eye(3)[:2])
+    told = run(Presence(Presence.Config(), loaded=clip), n=3).record["presence"]
+    assert told["scores"][0] > told["scores"][1] > 0 > told["scores"][2]
+    assert told["best"] == 1
 
 
 def test_a_run_without_the_subject_ends_at_its_step():

@@ -21,11 +21,11 @@ THRESHOLDS = {"clip": 0.0, "grounding_dino": 0.4}
 
 
 class Presence(Plugin):
-    """Publishes `presence:scores`, one per picture of the edit, which are in the manifest as well.
+    """Publishes `presence:scores`, one per picture of the edit; the manifest has them as well, and
+    the `best`: of the pictures that show the subject the one that fits prompt.edit best.
 
-    With `stop`, raises Stopped at its step when no picture shows the subject; a ladder then tries
-    something else (docs/scenes.md). No bit of the picture changes. loaded: a Clip or GroundingDino
-    made in code.
+    With `stop`, raises Stopped at its step when no picture shows the subject, for a ladder to try
+    something else (docs/scenes.md). loaded: a Clip or GroundingDino made in code.
     """
 
     @dataclass
@@ -72,32 +72,35 @@ class Presence(Plugin):
 
     @hookimpl
     def inlay_post_step(self, run: Run, step: Step) -> None:
-        here = step.pass_ == "edit" and step.index == self.step and step.last_eval
+        here = (step.pass_, step.index, step.last_eval) == ("edit", self.step, True)
         if not (here and self.cfg.stop and "edit" in step.lanes and run.backbone.decodes):
             return
-        scores = self.scores(run, run.backbone.decode(step.x0["edit"].detach(), run.size))
+        scores, _ = self.look(run, run.backbone.decode(step.x0["edit"].detach(), run.size))
         if max(scores) < self.least:
             seen = ", ".join(f"{score:.2f}" for score in scores)
-            fix = "Try another seed, an earlier structure_transfer.step, or a ladder of both."
-            raise Stopped(f"no picture shows the subject at step {step.index} (scores {seen})",
-                          scores=scores, step=step.index, where=f"plugins.{self.name}",
-                          fix=fix)  # fmt: skip
+            problem = f"no picture shows the subject at step {step.index} (scores {seen})"
+            told = {"where": f"plugins.{self.name}", "fix": "Try another seed, or a ladder."}
+            raise Stopped(problem, scores=scores, step=step.index, **told)
 
     @hookimpl
     def inlay_final(self, run: Run, result: Result) -> None:
         if "edit" in result.images:
-            scores = self.scores(run, result.images["edit"])
+            scores, fits = self.look(run, result.images["edit"])
             run.board["presence:scores"] = torch.tensor(scores)
+            best = max(range(len(fits)), key=lambda k: (scores[k] >= self.least, fits[k]))
             present = max(scores) >= self.least
-            result.record["presence"] = {"scores": scores, "present": present}
+            result.record["presence"] = {"scores": scores, "present": present, "best": best}
 
     @torch.no_grad()
-    def scores(self, run: Run, pictures: Tensor) -> list[float]:
-        """Of pictures `n 3 h w` in 0..1."""
+    def look(self, run: Run, pictures: Tensor) -> tuple[list[float], list[float]]:
+        """Scores of pictures `n 3 h w` in 0..1, and how well each fits the whole prompt.edit: where
+        the source was lost, scores are high too."""
         if self.cfg.detector == "grounding_dino":
             found = [self.loaded.surest(p, self.cfg.subject, 0.0) for p in pictures.float()]
-            return [surest[0] if surest else 0.0 for surest in found]
+            scores = [surest[0] if surest else 0.0 for surest in found]
+            return scores, scores
         side = [self.loaded.side] * 2
         square = F.interpolate(pictures.float(), side, mode="bilinear", antialias=True)
-        edit, source = self.loaded.texts([run.prompts["edit"], run.prompts["source"]])
-        return (self.loaded.images(square.clamp(0, 1)) @ (edit - source)).tolist()
+        texts = self.loaded.texts([run.prompts["edit"], run.prompts["source"]])
+        edit, source = (self.loaded.images(square.clamp(0, 1)) @ texts.T).unbind(1)
+        return (edit - source).tolist(), edit.tolist()

@@ -33,8 +33,8 @@ Load = Callable[[Mapping[str, Any]], Experiment]
 class Done:
     """An object that was inserted. asked: digest of all that its pictures depend on; folder: beside
     scene.json; before: the picture it was inserted into, "": none is kept; pictures: the
-    candidates' files; scores: of the plugin `presence`, []: nobody judged; best: the candidate with
-    the highest; picked: the user's, None: the best is taken."""
+    candidates' files; scores, best: of the plugin `presence`, [] and 0: nobody judged; picked: the
+    user's, None: the best is taken."""
 
     asked: str
     subject: str
@@ -231,13 +231,12 @@ def _insert(exp: Experiment, folder: Path, place: str, pipe: Any, quiet: bool) -
             result = climb(exp, progress.update, pipe=pipe)
         result.save(stage)
         images.save(contact_sheet(result, exp), stage / "sheet.png")
-    scores = result.record.get(JUDGE, {}).get("scores", [])
+    said = result.record.get(JUDGE, {"scores": [], "best": 0})
     count = len(result.images["edit"])
     names = [f"edit-{k}.png" if count > 1 else "edit.png" for k in range(count)]
-    best = max(range(len(scores)), key=lambda k: scores[k], default=0)
     files = [f"{place}/images/{name}" for name in names]
     before = f"{place}/images/source.png" if "source" in result.images else ""
-    return Done(_digest(exp), exp.subject, place, before, files, scores, best)
+    return Done(_digest(exp), exp.subject, place, before, files, said["scores"], said["best"])
 
 
 def _rows(state: State, folder: Path) -> list[tuple[str, list[tuple[str, Image.Image]], int]]:
