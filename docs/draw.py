@@ -17,7 +17,8 @@ from inlay.cli.run import hush_loading_bars
 from inlay.cli.sheet import overlay
 from inlay.events import Result
 from inlay_config import config
-from inlay_config.images import save, to_pil
+from inlay_config.images import save, to_pil, to_tensor
+from inlay_toybox import world
 
 FOLDER = Path(__file__).parent / "pictures"
 SIDE, GAP, HEAD, TEXT = 128, 6, 20, 12  # pixels; a toybox picture has 64
@@ -145,12 +146,58 @@ def algorithms() -> list[Panel]:
 
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8)
+OFF = (
+    "plugins.prompt_to_prompt.edit=refine",
+    "plugins.prompt_to_prompt.cross_replace=0.0",
+    "plugins.prompt_to_prompt.self_replace=0.0",
+)
+
+
+def words(name: str) -> list[Panel]:
+    """Source, edit by the prompt and the source's noise alone, and the experiment."""
+    made, plain = drawn(name), drawn(name, *OFF)
+    panels = [("source", to_pil(made.images["source"])[0]), ("prompt alone", edit(plain))]
+    return [*panels, (name.removeprefix("p2p_"), edit(made))]
+
+
+def replace_word() -> list[Panel]:
+    return words("p2p_replace")
+
+
+def refine() -> list[Panel]:
+    return words("p2p_refine")
+
+
+def weigh() -> list[Panel]:
+    made = drawn("p2p_reweight")
+    return [("source", to_pil(made.images["source"])[0]), ("sunset x -2", edit(made))]
+
+
+def injection() -> list[Panel]:
+    made, plain = drawn("p2p_flux"), drawn("p2p_flux", "plugins.attention_injection.active=-1")
+    panels = [("source", to_pil(made.images["source"])[0]), ("prompt alone", edit(plain))]
+    return [*panels, ("injection", edit(made))]
+
+
+def inversions() -> list[Panel]:
+    """A picture of the toybox world, and its edits."""
+    scene = next(s for s in map(world.sample, range(1000)) if s.caption == "a red bus on the road")
+    panels = [("picture", to_pil(to_tensor(world.render(scene, 64).image))[0])]
+    with TemporaryDirectory() as folder:
+        panels[0][1].save(path := Path(folder) / "bus.png")
+        for method in ("null_text", "negative_prompt", "direct"):
+            said = f"input.image={path}", f"plugins.null_text.method={method}"
+            panels.append((method, edit(drawn("p2p_null_text", *said))))
+    return panels
+
+
 FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     "attention": (
         reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
     ),
     "blended": (add, replace, remove, background, algorithms),
     "edits": (sdedit, flow_edit, rf_inversion),
+    "words": (replace_word, refine, weigh, injection, inversions),
 }  # fmt: skip
 
 
