@@ -99,8 +99,9 @@ def invariants() -> str:
     import compositions
 
     lines = ["| plugin | run with | always |", "|---|---|---|"]
-    for name, case in compositions.CASES.items():
-        companions = ", ".join(f"`{other}`" for other in case.companions)
+    cases = {name: compositions.CASES.get(name) for name in compositions.SHIPPED}
+    for name, case in ((name, case) for name, case in cases.items() if case):
+        companions = ", ".join(f"`{other}`" for other in case.companions) or case.model
         lines.append(f"| `{name}` | {companions} | {case.says} |")
     return "\n".join(lines)
 
