@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -63,6 +64,20 @@ def save_instruct(folder: Path) -> Path:
     torch.manual_seed(1)
     pipe.register_modules(**_clip(), **_watched())
     pipe.save_pretrained(folder)
+    return folder
+
+
+def save_paint_by_example(folder: Path) -> Path:
+    """The layout of Fantasy-Studio/Paint-by-Example: the names of its day."""
+    pipe = models.paint_by_example()
+    pipe.register_modules(safety_checker=_watched()["safety_checker"])
+    pipe.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["image_encoder"] == ["paint_by_example", "PaintByExampleImageEncoder"]
+    file = folder / "image_encoder" / "model.safetensors"
+    tensors = {key.replace("model.", "model.vision_model.", key.startswith("model.")): tensor
+               for key, tensor in load_file(file).items()}  # fmt: skip
+    save_file(tensors, file, {"format": "pt"})
     return folder
 
 

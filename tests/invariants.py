@@ -251,6 +251,17 @@ def instruct(made, without):
         torch.testing.assert_close(step.output["edit"], mixed, **CLOSE)
 
 
+def exemplar(made, without):
+    run = made.record.run
+    assert run.conds["edit/text"].embeds.shape[1] == 1
+    null = run.backbone.pipe.image_encoder.uncond_vector
+    assert torch.equal(run.conds["edit/null"].embeds, null)
+    assert not torch.equal(run.conds["edit/text"].embeds, null)
+    for step in made.record.steps:
+        text, null = step.preds["edit/text"], step.preds["edit/null"]
+        torch.testing.assert_close(step.output["edit"], null + 5 * (text - null))
+
+
 def attention_injection(made, without):
     """The edit's own queries and keys of the picture may be anything."""
     generator = torch.Generator().manual_seed(0)
@@ -471,5 +482,11 @@ CASES = {
         "outside the mask its picture is nearer to the source than the decoded latent is",
         reconstruct_background,
         {"steps": 5, "rate": 1e-3, "mask": "mask:user"},
+    ),
+    "exemplar": Case(
+        "the prompt is one token of the exemplar, the null prompt the model's own, and guidance "
+        "the scale between them",
+        exemplar,
+        model="paint-by-example",
     ),
 }

@@ -10,6 +10,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PaintByExamplePipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -19,7 +20,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    pipelines,
 )
+from diffusers.pipelines.deprecated import paint_by_example as published
+from transformers import CLIPImageProcessor, CLIPVisionConfig
+
+pipelines.paint_by_example = published  # as which published folders know it, and new ones are saved
 
 
 def _vae(channels: int, **extra) -> AutoencoderKL:
@@ -99,6 +105,22 @@ def instruct_pix2pix(seed: int = 0, channels: int = 8) -> StableDiffusionInstruc
     return StableDiffusionInstructPix2PixPipeline(
         unet=_unet(seed, channels), vae=_vae(4), **_without_text()
     )
+
+
+def paint_by_example(seed: int = 0, channels: int = 9) -> PaintByExamplePipeline:
+    """The same with channels for the picture around a hole; CLIP of 32 px and width 16."""
+    unet, one = _unet(seed, channels), {"hidden_size": 16, "intermediate_size": 16}
+    config = CLIPVisionConfig(
+        num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=16, **one
+    )
+    config.projection_dim = 16
+    small = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    parts = {**_without_text(), "feature_extractor": CLIPImageProcessor(**small)}
+    parts = {
+        name: part for name, part in parts.items() if name not in ("text_encoder", "tokenizer")
+    }
+    encoder = published.PaintByExampleImageEncoder(config).eval()
+    return PaintByExamplePipeline(unet=unet, vae=_vae(4), image_encoder=encoder, **parts)
 
 
 def _without_text() -> dict:

@@ -1,4 +1,4 @@
-"""InstructPix2Pix against stored numbers of the published implementation (tests/goldens/README.md)."""
+"""InstructPix2Pix against stored numbers of the published code (tests/goldens/README.md)."""
 
 import json
 from pathlib import Path

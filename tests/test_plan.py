@@ -13,7 +13,7 @@ from inlay.backbones import adapt
 from inlay.cli.experiment import plan_experiment
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
-from models import conds, flux, instruct_pix2pix, pixel, stable_diffusion
+from models import conds, flux, instruct_pix2pix, paint_by_example, pixel, stable_diffusion
 from spies import Editor, plugin
 
 
@@ -328,8 +328,15 @@ def test_the_table_says_it_all(pipe):
 
 RECORDED = Path(__file__).parent / "plans"
 SHIPPED = [n for n in config.experiments() if not n.startswith(("presets/", "demo"))]
-OTHERS = {"toybox/ddpm": pixel, "timbrooks/instruct-pix2pix": instruct_pix2pix}
-PICTURED = (instruct_pix2pix,)  # whose experiments want a picture of the caller's
+OTHERS = {
+    "toybox/ddpm": pixel,
+    "timbrooks/instruct-pix2pix": instruct_pix2pix,
+    "Fantasy-Studio/Paint-by-Example": paint_by_example,
+}
+PICTURED = {  # whose experiments want pictures of the caller's
+    instruct_pix2pix: ["input.image"],
+    paint_by_example: ["input.image", "input.mask", "plugins.exemplar.image"],
+}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -340,10 +347,8 @@ def test_a_shipped_experiment_is_planned_as_recorded(folder, name, tmp_path):
     if make:
         make().save_pretrained(folder := tmp_path)
     over = [f"model={folder}", "device=cpu", "size=32", "scheduler=null"]
-    if make in PICTURED:
-        picture = tmp_path / "picture.png"
-        Image.new("RGB", (32, 32)).save(picture)
-        over.append(f"input.image={picture}")
+    Image.new("RGB", (32, 32)).save(picture := tmp_path / "picture.png")
+    over += [f"{key}={picture}" for key in PICTURED.get(make, ())]
     made = plan_experiment(config.load(name, over))
     assert str(made) + "\n" == (RECORDED / f"{name}.txt").read_text()
 

@@ -83,7 +83,9 @@ class ToyVAE(nn.Module):
     def encode(self, picture):
         mean = mix(self.encoder, F.avg_pool2d(picture, 8))
         latent = mean + 0.3 * next(self.noises, torch.zeros_like(mean))
-        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latent))
+        return SimpleNamespace(
+            latent_dist=SimpleNamespace(mode=lambda: latent, sample=lambda generator: latent)
+        )
 
     def decode(self, z, return_dict=False):
         return (mix(self.decoder, z).tanh().repeat_interleave(8, 2).repeat_interleave(8, 3),)

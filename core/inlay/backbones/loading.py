@@ -15,6 +15,7 @@ FAMILIES = {
     "FluxPipeline": "flux:Flux",
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionInstructPix2PixPipeline": "conditioned:InstructPix2Pix",
+    "PaintByExamplePipeline": "conditioned:PaintByExample",
     "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
     "PixArtAlphaPipeline": "pixart:PixArt",
@@ -64,6 +65,7 @@ def load(
         problem = f"offload={offload} moves modules to an accelerator, and the device is the CPU"
         raise ModelError(problem, where="offload", fix="Use offload=none, or device=cuda.")
     options = {"use_safetensors": True, "revision": revision}
+    _old_names()
     try:
         pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
@@ -85,7 +87,7 @@ def skeleton(path: str, revision: str | None = None) -> Any:
     import diffusers
     import transformers
 
-    libraries = {"diffusers": diffusers, "transformers": transformers}
+    libraries = {"diffusers": diffusers, "transformers": transformers, **_old_names()}
     try:
         config = diffusers.DiffusionPipeline.load_config(path, revision=revision)
         parts: dict[str, Any] = {}
@@ -100,6 +102,16 @@ def skeleton(path: str, revision: str | None = None) -> Any:
         raise _unusable(path, error) from error
     pipe.register_to_config(_name_or_path=path)
     return pipe
+
+
+def _old_names() -> dict[str, Any]:
+    """Modules of diffusers by the names that published folders know them by: it has moved them, and
+    would not load these folders."""
+    from diffusers import pipelines
+    from diffusers.pipelines.deprecated import paint_by_example
+
+    pipelines.paint_by_example = paint_by_example
+    return {"paint_by_example": paint_by_example}
 
 
 def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
