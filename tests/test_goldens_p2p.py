@@ -168,7 +168,7 @@ def test_a_run_is_the_published_one(name, edit):
     for at, index in enumerate(RUNS["stored_steps"]):
         both = tensors["source.latents"][at, 0], tensors[f"{name}.latents"][at, edit - 1]
         stored = torch.stack(both)
-        assert (record.after[index][..., ::2, ::2] - stored).norm() < 2e-5 * stored.norm()
+        assert (record.after[index][..., 1::4, 1::4] - stored).norm() < 2e-5 * stored.norm()
 
 
 # null-text inversion --------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def unshifted() -> DDIMScheduler:
 
 class Stored(Plugin):
     """The stored clean latent; checks its inversion, puts the stored float64 path in its place, and
-    keeps the null prompt of each step."""
+    keeps the null prompt of each step. The step at timestep 0 changes neither: not stored."""
 
     def __init__(self, null_text, inverted):
         super().__init__()
@@ -200,7 +200,7 @@ class Stored(Plugin):
     @hookimpl
     def inlay_begin(self, pass_, x):
         if pass_ == "edit":
-            ours, stored = torch.cat(self.null_text.path), self.inverted.flip(0)
+            ours, stored = torch.cat(self.null_text.path), self.inverted.flip(0)[[0, 1, 2, 2]]
             assert (ours - stored).norm() < 1e-6 * stored.norm()
             self.null_text.path = list(stored.split(1))
             x["edit"] = self.null_text.path[0]
@@ -236,7 +236,7 @@ def test_null_text_inversion_optimises_as_published(stored, asked):
         guidance=card["guidance"],
         size=64,
     )
-    ours, theirs = torch.cat(given.nulls), tensors[f"uncond_optimised.{stored}"]
+    ours, theirs = torch.cat(given.nulls), tensors[f"uncond_optimised.{stored}"][[0, 1, 1]]
     assert ours.dtype == torch.float64
     assert (ours - theirs).norm() < 1e-6 * theirs.norm()
     if stored == "inner2":
@@ -244,4 +244,4 @@ def test_null_text_inversion_optimises_as_published(stored, asked):
         for step in range(card["N"]):
             source, edit = record.after[step]
             assert (source - edit).abs().max() < 1e-9
-            assert (edit[..., ::2, ::2] - replayed[step + 1]).norm() < 1e-6 * replayed.norm()
+            assert (edit[..., 1::4, 1::4] - replayed[step + 1]).norm() < 1e-6 * replayed.norm()
