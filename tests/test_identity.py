@@ -199,3 +199,14 @@ def test_the_shipped_model_is_bit_identical(scheduler, true_cfg):
         generator = torch.Generator().manual_seed(3)
         stock = pipe(prompt["edit"], **settings, generator=generator, output_type=kind).images
         assert torch.equal(made, stock)
+
+
+def test_the_shipped_stable_diffusion_draws_the_stock_picture():
+    """Its autoencoder is FLUX's, whose shift the stock pipeline knows nothing of."""
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(inlay_toybox.path("sd"))
+    pipe.set_progress_bar_config(disable=True)
+    ours = inlay.Session(pipe).run("a cow on the grass", steps=3, guidance=3.0, seed=5).images
+    settings = json.loads((inlay_toybox.path("sd") / "settings.json").read_text())
+    settings |= {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    stock = pipe("a cow on the grass", generator=torch.Generator().manual_seed(5), **settings)
+    assert torch.equal(ours["edit"], stock.images)

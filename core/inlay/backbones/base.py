@@ -168,13 +168,13 @@ class Backbone(Geometry):
             fix = "Load it with its VAE."
             raise ModelError("this pipeline cannot encode pictures", where="model", fix=fix)
         z = vae.encode((image * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode()
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        shift = (vae.config.shift_factor if self.flow else None) or 0.0
         return self.pack((z - shift) * vae.config.scaling_factor).to(self.dtype)
 
     def pixels(self, x: Tensor, size: Size) -> Tensor:
         """Pictures of clean latents in about -1..1, not clamped: what losses see, in the graph."""
         vae = self.pipe.vae
-        shift = getattr(vae.config, "shift_factor", None)
+        shift = vae.config.shift_factor if self.flow else None  # others' pipelines know of none
         z = self.unpack(x, size) / vae.config.scaling_factor
         z = (z if shift is None else z + shift).to(vae.dtype)
         image: Tensor = vae.decode(z, return_dict=False)[0]
