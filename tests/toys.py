@@ -53,13 +53,22 @@ class ToyADM(nn.Module):
 
 
 class ToyLatent(nn.Module):
-    """A latent model under a prompt `b tokens 6`; M `4 4`, P `4 6`."""
+    """A latent model under a prompt `b tokens 6`; M `4 4`, P `4 6`. further: E `4 5` of channels
+    behind the latent's, if it takes any."""
 
-    def __init__(self, matrix: torch.Tensor, prompt: torch.Tensor, side: int):
+    def __init__(
+        self,
+        matrix: torch.Tensor,
+        prompt: torch.Tensor,
+        side: int,
+        further: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.matrix, self.prompt = nn.Parameter(matrix), nn.Parameter(prompt)
+        self.further = further
+        channels = 4 if further is None else 4 + further.shape[1]
         self.config = SimpleNamespace(
-            sample_size=side, in_channels=4, block_out_channels=(1,), time_cond_proj_dim=None
+            sample_size=side, in_channels=channels, block_out_channels=(1,), time_cond_proj_dim=None
         )
 
     def forward(self, sample, timestep, encoder_hidden_states, return_dict=False, **_):
@@ -67,7 +76,10 @@ class ToyLatent(nn.Module):
         k = (0.012**0.5 - p) / 999
         a = torch.exp(-(p**2 * s + p * k * s**2 + k**2 * s**3 / 3))
         told = encoder_hidden_states.mean(1) @ self.prompt.T
+        sample, beside = sample[:, :4], sample[:, 4:]
         mean = 0.5 * mix(self.matrix, pool3(sample)).tanh() + told[:, :, None, None]
+        if self.further is not None:
+            mean = mean + 0.3 * mix(self.further, beside).tanh()
         return ((1 - a).sqrt() * (sample - a.sqrt() * mean) / (0.5 * a + 1 - a),)
 
 
