@@ -153,6 +153,9 @@ OFF = (
 )
 
 
+EVERYWHERE = "plugins.local_blend.threshold=-1.0"
+
+
 def words(name: str) -> list[Panel]:
     """Source, edit by the prompt and the source's noise alone, and the experiment."""
     made, plain = drawn(name), drawn(name, *OFF)
@@ -171,6 +174,16 @@ def refine() -> list[Panel]:
 def weigh() -> list[Panel]:
     made = drawn("p2p_reweight")
     return [("source", to_pil(made.images["source"])[0]), ("sunset x -2", edit(made))]
+
+
+def only_there() -> list[Panel]:
+    made, everywhere = (drawn("p2p_local_blend", *said) for said in ((), (EVERYWHERE,)))
+    panels = [("source", to_pil(made.images["source"])[0]), ("replace", edit(everywhere))]
+    return [
+        *panels,
+        ("local blend", edit(made)),
+        ("mask", to_pil(made.board["mask:local_blend"])[0]),
+    ]
 
 
 def injection() -> list[Panel]:
@@ -197,7 +210,7 @@ FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     ),
     "blended": (add, replace, remove, background, algorithms),
     "edits": (sdedit, flow_edit, rf_inversion),
-    "words": (replace_word, refine, weigh, injection, inversions),
+    "words": (replace_word, refine, weigh, only_there, injection, inversions),
 }  # fmt: skip
 
 
