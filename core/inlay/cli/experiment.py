@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from inlay import backbones
-from inlay.cli import scene
+from inlay.cli import insertion
 from inlay.cli.trace import Tracer
 from inlay.events import Result
 from inlay.plan import Plan
@@ -61,7 +61,7 @@ def plan_experiment(exp: Experiment) -> Plan:
 def planned(exp: Experiment) -> tuple[Session, Plan]:
     """A session on the bare skeleton of the model, and the plan it made; of a scene, for its first
     object."""
-    exp = scene.first(exp)
+    exp = insertion.first(exp)
     pipe = backbones.skeleton(registry.resolve_model(exp.model), exp.revision)
     given = {kind: path for kind, path in vars(exp.input).items() if path}
     shape = images.open_image(given["image"]).size[::-1] if "image" in given else None

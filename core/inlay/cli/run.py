@@ -79,12 +79,12 @@ def _expand(names: list[str]) -> list[str]:
 
 def _play(name: str, overrides: list[str], folder: Path, quiet: bool) -> dict[str, Any]:
     """A scene: a folder for each object."""
-    from inlay.cli import scene
+    from inlay.cli import insertion
 
     hush_loading_bars()
-    told = scene.play(name, overrides, folder, quiet)
+    told = insertion.play(name, overrides, folder, quiet)
     if not quiet:
-        typer.echo(scene.table(told, folder))
+        typer.echo(insertion.table(told, folder))
     return {"out": str(folder), "scene": told}
 
 
