@@ -20,7 +20,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
-# Every pair of plugins on both models; `make test` takes a third of that.
+# Every pair of plugins on both models; `make test` takes a quarter of that.
 compose: $(READY)
 	$(BIN)/python -m pytest tests/test_compose.py -m "slow or not slow" -n auto --maxprocesses 8 $(ARGS)
 
