@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from inlay.cli.listing import Json
+from inlay.cli.run import hush_loading_bars
 from inlay_config.errors import ConfigError
 
 
@@ -51,5 +52,6 @@ def scene(
         write(state, folder)
     told = {"inlay_scene": FORMAT, **asdict(state)}
     if resume:
+        hush_loading_bars()
         told = play(state.experiment, state.overrides, folder, quiet=as_json)
     typer.echo(json.dumps(told, indent=2) if as_json else table(told, folder))
