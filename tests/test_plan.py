@@ -313,7 +313,7 @@ def test_a_branch_is_under_one_prompt_in_all_passes(pipe):
         need.lane("twice", "before", prompt="source")
         need.lane("twice", prompt="edit")
 
-    with pytest.raises(PlanConflict, match="passes: a branch has two prompts.*twice/text"):
+    with pytest.raises(PlanConflict, match=r"passes: a branch has two prompts.*twice/text"):
         plan(pipe, {"two": declare(two)})
 
 
