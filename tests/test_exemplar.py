@@ -175,6 +175,16 @@ def test_an_exemplar_with_alpha_lies_on_white(tmp_path):
     assert torch.equal(*(made.latents["edit"] for made in both))
 
 
+def test_the_manifest_tells_exemplars_apart(shown, tmp_path):
+    """The same pixels in another file are the same exemplar."""
+    SHOWN.save(tmp_path / "copy.bmp")
+    SHOWN.rotate(180).save(tmp_path / "other.png")
+    files = (shown, tmp_path / "copy.bmp", tmp_path / "other.png")
+    manifests = [run({"image": str(file)}, steps=1).manifest for file in files]
+    first, copy, other = (manifest["exemplar"]["sha256"] for manifest in manifests)
+    assert first == copy != other
+
+
 def test_what_cannot_be_used_is_refused(shown, tmp_path):
     Image.new("RGB", (90, 4)).save(tmp_path / "tiny.png")
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")

@@ -77,6 +77,7 @@ def test_the_plan_shows_the_rows_that_are_left():
     assert both.passes[0].groups == (("edit/text", "edit/null"),)
     assert one.passes[0].groups == (("edit/text",),)
     assert [p.evaluations["edit"] for p in (full, picture, both, one)] == [12, 8, 8, 4]
+    assert planned(1, {"edit": 7.5, "other": 1.0}).evaluations == {"edit": 8}
     assert "8 forward units, calls [edit/text, edit/image]" in str(picture)
 
 

@@ -10,6 +10,7 @@ computed as such.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -17,13 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay import ConfigError, InputError, ModelError, Needs, Plugin, Run, hookimpl, open_image
+from inlay import (
+    ConfigError,
+    InputError,
+    ModelError,
+    Needs,
+    Plugin,
+    Result,
+    Run,
+    hookimpl,
+    open_image,
+)
 
 FAMILY, SMALLEST = "paint-by-example", 8
 
 
 class Exemplar(Plugin):
-    """Consumes the picture and the mask of the hole, 1 = to be filled; from 0.5 on it is."""
+    """Consumes the picture and the mask of the hole, which is where it is above 0.5. The manifest
+    has the exemplar's hash."""
 
     @dataclass
     class Config:
@@ -88,5 +100,7 @@ class Exemplar(Plugin):
         kwargs["sample"] = torch.cat([sample, further], 1)
 
     @hookimpl
-    def inlay_final(self) -> None:
+    def inlay_final(self, result: Result) -> None:
         self.backbone.without_queries(())
+        pixels = repr(self.picture.size).encode() + self.picture.tobytes()
+        result.record["exemplar"] = {"sha256": hashlib.sha256(pixels).hexdigest()}
