@@ -99,3 +99,4 @@ def test_a_run_is_resumed_from_the_saved_pipeline(tmp_path):
     again = ddpm.train(0.01, tmp_path / "b", device, True, folder, batch_size=2, scenes=8)
     assert (tmp_path / "b" / "samples.png").is_file()
     assert DDPMPipeline.from_pretrained(again).unet.config.out_channels == 6
+    assert "_name_or_path" not in (again / "unet" / "config.json").read_text()

@@ -307,7 +307,8 @@ def draw_curve(table: Path, file: Path) -> None:
 
 def export_log(out: Path, folder: Path, rows: int = 300) -> None:
     """Ship the loss curve of a run beside its weights: ``out/loss.csv`` as ``folder/training.csv``
-    (step, seconds, loss), neighbours averaged until there are no more than ``rows``.
+    (step, seconds, loss), neighbours averaged until there are no more than ``rows``. Configs in
+    ``folder`` lose the path that their weights were read from.
     """
     with (out / "loss.csv").open() as lines:
         table = np.array([[float(v) for v in row.values()] for row in csv.DictReader(lines)])
@@ -320,6 +321,10 @@ def export_log(out: Path, folder: Path, rows: int = 300) -> None:
             step, seconds, loss = part[-1, 0], part[-1, 1], part[:, 2].mean()
             writer.writerow([int(step), round(seconds, 1), round(loss, 6)])
     partial.replace(folder / "training.csv")
+    for config in folder.rglob("*.json"):  # where a run went on from is a path of one machine
+        known = json.loads(config.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and known.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
