@@ -105,7 +105,7 @@ def _ddpm() -> torch.Tensor:
     from inlay_toybox.recipes import ddpm
 
     pipe = DDPMPipeline.from_pretrained(path("ddpm"))
-    return ddpm.generate(pipe.unet.eval(), ddpm.fast_schedule(pipe.scheduler), COUNT)
+    return ddpm.generate(pipe.unet.eval(), pipe.scheduler, COUNT, steps=100)
 
 
 def _sam2() -> torch.Tensor:
@@ -120,7 +120,7 @@ SHEETS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "sd": (_sd, f"the first {COUNT} unseen prompts, not selected"),
     "clip": (partial(_gradients, "clip"), "unseen scenes, and where the gradient of their name is"),
     "judge": (partial(_gradients, "judge"), "the same scenes to the judge"),
-    "ddpm": (_ddpm, f"the first {COUNT} samples of 50 deterministic steps, not selected"),
+    "ddpm": (_ddpm, f"the first {COUNT} samples of 100 steps of its own scheduler, not selected"),
     "vae": (_vae, "unseen scenes, each followed by its round trip"),
     "detector": (_detector, "unseen scenes and the boxes found in them"),
     "sam2": (

@@ -43,7 +43,7 @@ def _occupied(images: torch.Tensor, detector: Detector) -> Share:
 def unconditional_quality(
     n: int = 256,
     seed: int = 0,
-    steps: int = 50,
+    steps: int = 100,
     pipe: DDPMPipeline | None = None,
     judge: Clip | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def unconditional_quality(
     Args:
         n: number of samples, and of scenes in each of two sets.
         seed: of the samples' noise.
-        steps: of the deterministic schedule.
+        steps: of the model's own schedule.
         pipe: toybox/ddpm by default.
         judge: toybox/judge by default.
 
@@ -66,7 +66,7 @@ def unconditional_quality(
     judge = judge or Clip.load(path("judge"))
     detector = Detector.from_pretrained()
     unet = pipe.unet.eval()
-    drawn = ddpm.generate(unet, ddpm.fast_schedule(pipe.scheduler), n, seed, steps)
+    drawn = ddpm.generate(unet, pipe.scheduler, n, seed, steps)
     real, other = _scenes(REAL, n), _scenes(REAL + n, n)
     with torch.no_grad():
         seen, seen_other, seen_drawn = (judge.see(images) for images in (real, other, drawn))

@@ -201,7 +201,8 @@ def generate(
     steps: int = 50,
     batch: int = 64,
 ) -> torch.Tensor:
-    """Samples ``[n, 3, SIZE, SIZE]`` in 0..1, each from its own noise (``seed``, place)."""
+    """Samples ``[n, 3, SIZE, SIZE]`` in 0..1, each from its own noise (``seed``, place); what a
+    scheduler adds on the way is drawn by batch."""
     pictures = []
     for first in range(0, n, batch):
         places = range(first, min(first + batch, n))
@@ -209,10 +210,11 @@ def generate(
         x = torch.stack([torch.randn(3, SIZE, SIZE, generator=source) for source in noise])
         x = x.to(unet.device)
         scheduler.set_timesteps(steps)
+        further = torch.Generator().manual_seed(seed * 100_003 + first + 50_000)
         for t in scheduler.timesteps:
             with torch.autocast(unet.device.type, torch.bfloat16):
                 output = unet(x, t).sample
-            x = scheduler.step(output.float(), t, x).prev_sample
+            x = scheduler.step(output.float(), t, x, generator=further).prev_sample
         pictures.append((x / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(pictures)
 
