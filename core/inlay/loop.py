@@ -67,8 +67,7 @@ def run_pass(run: Run, pass_: PassPlan) -> dict[str, Tensor]:
 
 
 def predict(run: Run, pass_: PassPlan, step: Step, scaled: dict[str, Tensor]) -> None:
-    """The model calls of one evaluation: step.preds of every branch, step.output of every lane.
-    scaled: what the model is shown of each lane."""
+    """One evaluation: step.preds by branch, step.output by lane. scaled: what the model sees."""
     edits = collect_edits(run, pass_, step)
     for group in pass_.groups:
         here = [b for b in pass_.branches if b.name in group and step.index in b.steps]
@@ -175,13 +174,14 @@ def site_programs(
 
 def observe(run: Run, step: Step) -> None:
     """Observers and the progress callback see the step after all folds, read-only."""
+    if not (run.callback or run.hook.inlay_observe.get_hookimpls()):
+        return
     seen = copy.copy(step)
     for name in ("x", "x0", "x_next", "output", "preds"):
         setattr(seen, name, MappingProxyType(getattr(step, name)))
     run.hook.inlay_observe(run=run, step=seen)
     if run.callback:
         here = [run.plan.allowed.get((step.pass_, s, step.index), ()) for s in run.plan.sites]
-        active = {plugin for edits in here for plugin, *_ in edits}
         told = {"kind": "step", "pass": step.pass_, "step": step.index, "steps": step.total}
-        told |= {"sigma": float(step.frame.sigma), "active": sorted(active)}
-        run.callback({**told, "run": run, "seen": seen})
+        told |= {"active": sorted({p for e in here for p, *_ in e}), "run": run, "seen": seen}
+        run.callback({**told, "sigma": float(step.frame.sigma)})

@@ -186,15 +186,15 @@ class Backbone(Geometry):
         pictures: Tensor = self.pipe.image_processor.postprocess(image, output_type="pt")
         return pictures
 
-    def memory(self, size: Size, rows: int, edits: bool, probes: int) -> dict[str, int]:
-        """Bytes by purpose, by arithmetic: weights; Q, K, V and output of the largest attention;
-        what probes add."""
-        width = max((s.heads * s.dim for s in self.sites), default=0)
-        item = torch.finfo(self.dtype).bits // 8
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of all networks."""
         parts = [part for part in vars(self.pipe).values() if isinstance(part, nn.Module)]
-        one = self.tokens(size) * width * item
-        return {
-            "weights": sum(p.numel() * p.element_size() for m in parts for p in m.parameters()),
-            "attention": rows * one * (6 if edits else 4),
-            "probes": probes * one,
-        }
+        return sum(p.numel() * p.element_size() for m in parts for p in m.parameters())
+
+    def memory(self, size: Size, rows: int, edits: bool, probes: int) -> dict[str, int]:
+        """Bytes by purpose, by arithmetic; attention: Q, K, V and output of the largest."""
+        width = max((s.heads * s.dim for s in self.sites), default=0)
+        one = self.tokens(size) * width * torch.finfo(self.dtype).bits // 8
+        attention = rows * one * (6 if edits else 4)
+        return {"weights": self.weights, "attention": attention, "probes": probes * one}
