@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,9 @@ import pytest
 from PIL import Image
 
 import folders
-from inlay.cli import main as cli
+from shell import Invoke
 from test_images import png_header
 
-Invoke = Callable[..., tuple[int, str, str]]
 LONG = "a very " * 200 + "long dog"
 
 
@@ -26,20 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, model: str
-) -> Invoke:
-    """`inlay WORDS... model=...` in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
+def invoke(invoke: Invoke, model: str) -> Invoke:
+    """`inlay WORDS... model=...`, unless the words name one."""
 
     def call(*words: str) -> tuple[int, str, str]:
         named = any(word.startswith("model=") for word in words)
-        extra = [] if named else [f"model={model}"]
-        monkeypatch.setattr(sys, "argv", ["inlay", *words, *extra])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
+        return invoke(*words, *(() if named else (f"model={model}",)))
 
     return call
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,12 @@ import bench_cases
 import folders
 import inlay_toybox
 import pages
-from inlay.cli import main as cli
 from inlay.cli.experiment import execute
 from inlay_bench import measures, methods, pictures, runner, tasks
 from inlay_bench.measures import MEASURES, NETWORKS
 from inlay_config import config
 from inlay_config.errors import ConfigError, InlayError, InputError, ModelError, PluginError
-
-Invoke = Callable[..., tuple[int, str, str]]
+from shell import Invoke
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Invoke:
-    """Run `inlay eval WORDS...` in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inlay", "eval", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
+def invoke(invoke: Invoke) -> Invoke:
+    """Run `inlay eval WORDS...`."""
+    return partial(invoke, "eval")
 
 
 # running and resuming ----------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,13 @@ from transformers import CLIPModel, GroundingDinoForObjectDetection, ViTImagePro
 import folders
 import miniatures
 import tiny_networks
-from inlay.cli import main as cli
 from inlay_bench import methods, runner, tasks
 from inlay_bench.benchmarks import dino, grounding
 from inlay_bench.measures import MEASURES, Evidence
 from inlay_bench.tasks import Item
 from inlay_config.errors import InputError, ModelError
 from inlay_config.images import to_tensor
-
-Invoke = Callable[..., tuple[int, str, str]]
+from shell import Invoke
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +44,9 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Invoke:
-    """Run `inlay eval WORDS...` -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inlay", "eval", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
+def invoke(invoke: Invoke) -> Invoke:
+    """Run `inlay eval WORDS...`."""
+    return partial(invoke, "eval")
 
 
 def evidence(

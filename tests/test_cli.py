@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,12 @@ from inlay.cli import main as cli
 from inlay.cli.progress import Progress
 from inlay_config import config
 from inlay_config.images import open_image
-
-Invoke = Callable[..., tuple[int, str, str]]
+from shell import Invoke
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folders.save_flux(tmp_path_factory.mktemp("flux")))
-
-
-@pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Invoke:
-    """Run `inlay WORDS...` in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inlay", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
 
 
 @pytest.mark.parametrize("words", [["--help"], ["plugins"], ["models"], ["plugins", "--json"]])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +14,10 @@ import folders
 import inlay
 from inlay import ConfigError
 from inlay.cli import ladder
-from inlay.cli import main as cli
 from inlay.cli.experiment import plan_experiment
 from inlay_config import config
 from inlay_config.images import open_image
 
-Invoke = Callable[..., tuple[int, str, str]]
 OBJECTS = [
     {"subject": "dog", "prompt": "a dog on a road"},
     {"subject": "red car", "prompt": "a dog and a red car on a road"},
@@ -32,23 +28,6 @@ OBJECTS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folders.save_flux(tmp_path_factory.mktemp("flux")))
-
-
-@pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Invoke:
-    """Run `inlay WORDS...` in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inlay", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,10 @@ import quickjs
 from PIL import Image
 
 import bench_cases
-from inlay.cli import main as cli
 from inlay_bench.study import agreement, design, material, page, score
 from inlay_config.errors import ConfigError, InputError
+from shell import Invoke
 
-Invoke = Callable[..., tuple[int, str, str]]
 Ask = Callable[..., Any]
 METHODS = ("ours", "theirs", "third")
 PAGE = Path(page.__file__).parent
@@ -39,23 +37,6 @@ def folder(place: Path, shade: int, items: int = 6, size: tuple[int, int] = (24,
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
     return [folder(tmp_path / name, 40 + 80 * i) for i, name in enumerate(METHODS)]
-
-
-@pytest.fixture
-def invoke(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Invoke:
-    """Run `inlay WORDS...` -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inlay", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
 
 
 def shades(study: design.Study) -> dict[str, str]:

@@ -10,23 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from inlay.cli import main as cli
 from inlay.cli import verbs
 from inlay_config import registry
-
-Invoke = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Invoke:
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inlay", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
+from shell import Invoke
 
 
 @pytest.fixture
