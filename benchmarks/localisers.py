@@ -6,6 +6,7 @@ middle of the run, the object is the one that the toybox's detector finds in the
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import defaultdict
 
 import numpy as np
@@ -29,6 +30,11 @@ ROWS = {
     "mask": {"localiser": "mask", **SAM2},
     "mask, map: difference": {"localiser": "mask", "map": "difference", **SAM2},
 }
+
+
+def section(args: Namespace) -> str:
+    """A quarter of the items: what the seven masks of one run cost is the run."""
+    return table(max(1, args.items // 4))
 
 
 def table(n: int = 50) -> str:
