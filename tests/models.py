@@ -23,7 +23,9 @@ from diffusers import (
     pipelines,
 )
 from diffusers.pipelines.deprecated import paint_by_example as published
-from transformers import CLIPImageProcessor, CLIPVisionConfig
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from inlay.backbones.mimicbrush_pipeline import DepthGuider, ImageTokens, MimicBrushPipeline
 
 pipelines.paint_by_example = published  # as which published folders know it, and new ones are saved
 
@@ -109,18 +111,39 @@ def instruct_pix2pix(seed: int = 0, channels: int = 8) -> StableDiffusionInstruc
 
 def paint_by_example(seed: int = 0, channels: int = 9) -> PaintByExamplePipeline:
     """The same with channels for the picture around a hole; CLIP of 32 px and width 16."""
-    unet, one = _unet(seed, channels), {"hidden_size": 16, "intermediate_size": 16}
-    config = CLIPVisionConfig(
-        num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=16, **one
-    )
-    config.projection_dim = 16
-    small = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
-    parts = {**_without_text(), "feature_extractor": CLIPImageProcessor(**small)}
+    unet, parts = _unet(seed, channels), {**_without_text(), "feature_extractor": _square()}
     parts = {
         name: part for name, part in parts.items() if name not in ("text_encoder", "tokenizer")
     }
-    encoder = published.PaintByExampleImageEncoder(config).eval()
+    encoder = published.PaintByExampleImageEncoder(_vision()).eval()
     return PaintByExamplePipeline(unet=unet, vae=_vae(4), image_encoder=encoder, **parts)
+
+
+def mimicbrush(seed: int = 0, channels: int = 13, reference: int = 4) -> MimicBrushPipeline:
+    """Two of these U-Nets; an exemplar is five tokens."""
+    unet, other = _unet(seed, channels), _unet(seed + 1, reference)
+    return MimicBrushPipeline(
+        unet=unet,
+        reference_unet=other,
+        vae=_vae(4),
+        image_encoder=CLIPVisionModel(_vision()).eval(),
+        image_tokens=ImageTokens(16, 16).eval(),
+        depth_guider=DepthGuider(4, (4, 8, 8)).eval(),
+        scheduler=_ddim(),
+        feature_extractor=_square(),
+    )
+
+
+def _vision() -> CLIPVisionConfig:
+    one = {"hidden_size": 16, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+    config = CLIPVisionConfig(num_hidden_layers=4, num_attention_heads=2, **one)
+    config.projection_dim = 16
+    return config
+
+
+def _square() -> CLIPImageProcessor:
+    small = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    return CLIPImageProcessor(**small)
 
 
 def _without_text() -> dict:

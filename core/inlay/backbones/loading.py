@@ -16,6 +16,7 @@ FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionInstructPix2PixPipeline": "conditioned:InstructPix2Pix",
     "PaintByExamplePipeline": "conditioned:PaintByExample",
+    "MimicBrushPipeline": "mimicbrush:MimicBrush",
     "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
     "PixArtAlphaPipeline": "pixart:PixArt",
@@ -65,7 +66,7 @@ def load(
         problem = f"offload={offload} moves modules to an accelerator, and the device is the CPU"
         raise ModelError(problem, where="offload", fix="Use offload=none, or device=cuda.")
     options = {"use_safetensors": True, "revision": revision}
-    _old_names()
+    _names()
     try:
         pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
@@ -87,7 +88,7 @@ def skeleton(path: str, revision: str | None = None) -> Any:
     import diffusers
     import transformers
 
-    libraries = {"diffusers": diffusers, "transformers": transformers, **_old_names()}
+    libraries = {"diffusers": diffusers, "transformers": transformers, **_names()}
     try:
         config = diffusers.DiffusionPipeline.load_config(path, revision=revision)
         parts: dict[str, Any] = {}
@@ -104,14 +105,18 @@ def skeleton(path: str, revision: str | None = None) -> Any:
     return pipe
 
 
-def _old_names() -> dict[str, Any]:
-    """Modules of diffusers by the names that published folders know them by: it has moved them, and
-    would not load these folders."""
+def _names() -> dict[str, Any]:
+    """Modules by the names that folders know them by, put where diffusers looks for them: what it
+    has moved since, and a pipeline that it lacks."""
+    import diffusers
     from diffusers import pipelines
     from diffusers.pipelines.deprecated import paint_by_example
 
+    from . import mimicbrush_pipeline
+
     pipelines.paint_by_example = paint_by_example
-    return {"paint_by_example": paint_by_example}
+    diffusers.MimicBrushPipeline = mimicbrush_pipeline.MimicBrushPipeline
+    return {"paint_by_example": paint_by_example, mimicbrush_pipeline.__name__: mimicbrush_pipeline}
 
 
 def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:

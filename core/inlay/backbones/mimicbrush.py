@@ -1,0 +1,123 @@
+"""MimicBrush (Chen et al. 2024): a hole is filled with what fits there of another picture.
+
+The prompt of both U-Nets is what CLIP sees of the exemplar, 257 tokens; the reference U-Net reads
+the exemplar's clean latent at the step's own time, and what comes to its self-attention in the
+middle and on the way up joins that of the imitative U-Net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from inlay_config.errors import ModelError
+
+from .conditioned import Conditioned
+from .text import Cond
+
+
+class MimicBrush(Conditioned):
+    """MimicBrushPipeline. Every prompt is CLIP's view of no picture (zeros behind its
+    normalisation) until the plugin puts its exemplar in place. Raises ModelError where U-Nets do
+    not fit to each other, and for a checkpoint without CLIP's projection."""
+
+    name, plugin = "mimicbrush", "imitation"
+    layout = "the latent, the mask, the latent of the picture around the hole, the depth's"
+
+    def __init__(self, pipe: Any) -> None:
+        if pipe.image_tokens is None or pipe.image_encoder is None:
+            problem = "it has no image_encoder, or no image_tokens, its projection"
+            fix = "Both come with MimicBrush's own checkpoint; a CLIP alone is not enough."
+            raise ModelError(problem, where="model", fix=fix)
+        super().__init__(pipe)
+        taken, wanted = pipe.reference_unet.config.in_channels, self.channels
+        if taken != wanted:
+            problem = f"its reference U-Net takes {taken} channels, an exemplar's latent {wanted}"
+            fix = "Use a plain Stable Diffusion's U-Net there, not an inpainting one."
+            raise ModelError(problem, where="model", fix=fix)
+        own, other = ({n: m.inner_dim for n, m in self._reading(u).items()} for u in self._unets)
+        if own != other or not own:
+            problem = "the self-attention of its two U-Nets is not the same"
+            raise ModelError(problem, where="model", fix="Both are made of one Stable Diffusion.")
+
+    @property
+    def _unets(self) -> tuple[Any, Any]:
+        return self.denoiser, self.pipe.reference_unet
+
+    @staticmethod
+    def _reading(unet: Any) -> dict[str, Any]:
+        """Self-attention in the middle and on the way up, by path."""
+        modules = unet.named_modules()
+        return {n: m for n, m in modules if n.endswith("attn1") and not n.startswith("down")}
+
+    @property
+    def further(self) -> int:
+        guider = self.pipe.depth_guider
+        return self.channels + 1 + (0 if guider is None else int(guider.config.channels))
+
+    @property
+    def text_tokens(self) -> int:
+        config = self.pipe.image_encoder.config
+        return int((config.image_size // config.patch_size) ** 2 + 1)
+
+    def encode_text(self, prompt: str) -> Cond:
+        side = self.pipe.image_encoder.config.image_size
+        return Cond(self.tokens(torch.zeros(1, 3, side, side)), None, [])
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """The prompt `b t c` of pictures `b 3 s s` that are normalised for CLIP."""
+        encoder = self.pipe.image_encoder
+        weight = next(encoder.parameters())
+        seen = encoder(pixels.to(self.device, weight.dtype), output_hidden_states=True)
+        tokens: Tensor = self.pipe.image_tokens(seen.hidden_states[-2].to(self.dtype))
+        return tokens
+
+    def exemplar(self, picture: Image.Image) -> Tensor:
+        """The prompt of a picture."""
+        pixels = self.pipe.feature_extractor(images=picture, return_tensors="pt").pixel_values
+        return self.tokens(pixels)
+
+    def posterior(self, image: Tensor, noise: Tensor | None) -> Tensor:
+        """Latent of a picture `1 3 h w` in 0..1: its posterior's mode, or with `noise` `1 c h w` a
+        sample."""
+        vae = self.pipe.vae
+        found = vae.encode((2 * image - 1).to(self.device, vae.dtype)).latent_dist
+        z = found.mean if noise is None else found.mean + found.std * noise.to(found.mean)
+        return (vae.config.scaling_factor * z).to(self.dtype)
+
+    def shape_of(self, depth: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The depth's channels `1 c h w` of a map `1 1 h w` for latents of `grid`."""
+        channels: Tensor = self.pipe.depth_guider(depth.to(self.device, self.dtype), grid)
+        return channels
+
+    def reference(self, z: Tensor, t: Tensor, tokens: Tensor) -> Mapping[str, Tensor]:
+        """What the reference U-Net's self-attention reads, `1 n c` by site, of the exemplar's clean
+        latent `1 c h w` at time t; it is not evaluated further than the last of these."""
+        found, unet, hooks = dict[str, Tensor](), self.pipe.reference_unet, []
+        wanted = self._reading(unet)
+
+        def keep(site: str, hidden: Tensor) -> None:
+            found[site] = hidden
+            if len(found) == len(wanted):
+                raise _Complete
+
+        for site, module in wanted.items():
+            hook = module.register_forward_pre_hook(lambda _, args, at=site: keep(at, args[0]))
+            hooks.append(hook)
+        try:
+            unet(z, t, tokens)
+        except _Complete:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+
+class _Complete(Exception):
+    """All that is wanted of a forward is there."""
