@@ -258,7 +258,7 @@ def test_the_first_of_algorithm_2_and_the_sum_of_all_compose_in_one_run():
         ({}, {"mask": torch.zeros(1, 1, 16, 16)}, InputError, "mask:user: the mask is black"),
         ({"prompts": "a cow on the grass " * 30}, {}, InputError, "toybox/clip reads 32"),
         ({"prompts": {"a cow": 0}}, {}, ConfigError, r"clip_guidance\.prompts: .* no list of"),
-        ({"prompts": [""]}, {}, ConfigError, "there is nothing to guide towards"),
+        ({"prompts": [""]}, {}, ConfigError, "CLIP is told nothing to look for"),
         ({"images": ["gone.png"]}, {}, InputError, r"clip_guidance\.images: there is no file"),
         ({"clips": []}, {}, ConfigError, "at least one clip"),
         ({"clips": ["toybox/clp"]}, {}, ModelError, "clip model: no model 'toybox/clp'"),

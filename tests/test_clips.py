@@ -141,7 +141,7 @@ def test_weights_are_read_in_three_ways():
 
 def ranker(stored: dict, prefix: str = "", **options) -> Rank:
     plugin = Rank(Rank.Config(**options), "rank", [toys.clip(stored, 21, prefix)])
-    plugin.texts = {"as stored": 1.0}
+    plugin.texts, plugin.files = {"as stored": 1.0}, {}
     return plugin
 
 
@@ -201,5 +201,16 @@ def test_the_named_thing_is_ranked_first():
     pictures = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 255
     for name, place in (("a cow", 1), ("a kite", 2)):
         plugin = Rank(Rank.Config(scope="image"), "rank")
-        plugin.texts = {name: 1.0}
+        plugin.texts, plugin.files = {name: 1.0}, {}
         assert plugin.scores(pictures, None).argmin() == place
+
+
+def test_candidates_may_be_ranked_by_a_picture(tmp_path):
+    shown = [world.render(world.views(name, 1, 9)[0]).image for name in ("bus", "cow", "kite")]
+    pictures = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 255
+    Image.fromarray(world.render(world.views("cow", 2, 4)[1]).image).save(tmp_path / "cow.png")
+    for images, place in (([], 0), ([str(tmp_path / "cow.png")], 1)):
+        config = Rank.Config(scope="image", images=images)
+        session = inlay.Session(pixel(), {"rank": Rank(config, "rank")})
+        session.run("a bus", steps=1)  # says what to look for
+        assert session.plugins["rank"].scores(pictures, None).argmin() == place

@@ -337,6 +337,7 @@ PICTURED = {  # whose experiments want pictures of the caller's
     instruct_pix2pix: ["input.image"],
     paint_by_example: ["input.image", "input.mask", "plugins.exemplar.image"],
 }
+GUIDED = {"blended_image_guided": ["plugins.clip_guidance.images"]}  # by a picture
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -348,7 +349,7 @@ def test_a_shipped_experiment_is_planned_as_recorded(folder, name, tmp_path):
         make().save_pretrained(folder := tmp_path)
     over = [f"model={folder}", "device=cpu", "size=32", "scheduler=null"]
     Image.new("RGB", (32, 32)).save(picture := tmp_path / "picture.png")
-    over += [f"{key}={picture}" for key in PICTURED.get(make, ())]
+    over += [f"{key}={picture}" for key in PICTURED.get(make, GUIDED.get(name, ()))]
     made = plan_experiment(config.load(name, over))
     assert str(made) + "\n" == (RECORDED / f"{name}.txt").read_text()
 

@@ -52,13 +52,8 @@ class ClipGuidance(Plugin):
     @hookimpl
     def inlay_declare(self, need: Needs) -> None:
         cfg, where = self.cfg, f"plugins.{need.owner}"
-        self.texts = clips.weights_of(cfg.prompts or [], f"{where}.prompts")
-        self.files = clips.weights_of(cfg.images, f"{where}.images")
-        if not (self.texts or self.files):
-            self.texts = clips.weights_of(need.request.prompt["edit"], "prompt.edit")
-        if not (self.texts or self.files) or "" in self.texts:
-            raise ConfigError("there is nothing to guide towards", where=f"{where}.prompts",
-                              fix="Give prompt.edit, prompts or images.")  # fmt: skip
+        prompt = need.request.prompt["edit"]
+        self.texts, self.files = clips.asked(cfg.prompts, cfg.images, prompt, where)
         if cfg.every < 1 or not (cfg.clips or self.loaded):
             raise ConfigError("every is 1 or more, and at least one clip is named", where=where)
         window = Window.parse(cfg.active, f"{where}.active")

@@ -106,6 +106,23 @@ def weights_of(given: Any, where: str) -> dict[str, float]:
     return {str(text): float(weight) for text, weight in listed.items()}
 
 
+def asked(
+    prompts: Any, images: Any, prompt: str, where: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What a plugin compares pictures with, texts and picture files with their weights: its own, or
+    the run's prompt where it names neither. Raises ConfigError where all say nothing."""
+    texts, files = (
+        weights_of(prompts or [], f"{where}.prompts"),
+        weights_of(images, f"{where}.images"),
+    )
+    if not (texts or files):
+        texts = weights_of(prompt, "prompt.edit")
+    if "" in texts:
+        raise ConfigError("CLIP is told nothing to look for", where=f"{where}.prompts",
+                          fix="Give prompt.edit, prompts or images.")  # fmt: skip
+    return texts, files
+
+
 @cache
 def load(name: str, device: str = "cpu") -> Clip:
     """A CLIPModel or SiglipModel by shipped name (toybox/clip), folder or hub name; kept for the

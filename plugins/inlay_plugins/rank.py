@@ -25,15 +25,16 @@ class Rank(Plugin):
 
     @dataclass
     class Config:
-        """prompts, clips, distance: see clip_guidance. scope: what CLIP sees: the mask's inside,
-        the whole image, or both, averaged. mask: a board key. antialias: when pictures shrink to
-        CLIP's side. batch: pictures at once.
+        """prompts, images, clips, distance: see clip_guidance. scope: what CLIP sees: the mask's
+        inside, the whole image, or both, averaged. mask: a board key. antialias: when pictures
+        shrink to CLIP's side. batch: pictures at once.
 
         mode: fixed shows CLIP what it was trained on, grey outside the mask; reference leaves out
         its normalisation, as published, and is black outside.
         """
 
         prompts: Any = ""
+        images: Any = field(default_factory=list)
         clips: list[str] = field(default_factory=lambda: ["toybox/clip"])
         distance: Literal["spherical", "cosine"] = "spherical"
         scope: Literal["mask", "image", "both"] = "mask"
@@ -48,8 +49,8 @@ class Rank(Plugin):
 
     @hookimpl
     def inlay_declare(self, need: Needs) -> None:
-        asked = self.cfg.prompts or need.request.prompt["edit"]
-        self.texts = clips.weights_of(asked, f"plugins.{need.owner}.prompts")
+        asked, where = (self.cfg.prompts, self.cfg.images), f"plugins.{need.owner}"
+        self.texts, self.files = clips.asked(*asked, need.request.prompt["edit"], where)
         if self.cfg.scope != "image":
             need.consume(self.cfg.mask)
         need.publish("rank:scores")
@@ -78,7 +79,7 @@ class Rank(Plugin):
             shown.append(pictures * mask + (0.5 * (1 - mask) if fixed else 0))
         total = torch.zeros(len(pictures))
         for model in models:
-            target = clips.Target.of(model, self.texts, {}, "")
+            target = clips.Target.of(model, self.texts, self.files, f"plugins.{self.name}.images")
             for seen in shown:
                 for i, batch in enumerate(seen.split(self.cfg.batch)):
                     square = F.interpolate(batch.float(), [model.side] * 2, mode="bilinear",
