@@ -7,7 +7,8 @@ import torch
 import inlay
 import pages
 from compositions import Recorder
-from inlay import ConfigError, InputError, PlanConflict
+from inlay import ConfigError, Held, InputError, PlanConflict, project_kv
+from inlay_attention import Seam
 from inlay_plugins.attention_maps import AttentionMaps
 from inlay_plugins.mutual_self_attention import MutualSelfAttention
 from inlay_plugins.pag import Pag
@@ -282,3 +283,53 @@ def test_options_that_cannot_work_are_refused(model, cfg, message):
 def test_a_word_that_the_prompt_has_not_is_refused(model):
     with pytest.raises(InputError, match="'cat' is not in the prompt"):
         run(model, {"p": Reweight(Reweight.Config({"cat": 2.0}))})
+
+
+def test_keys_and_values_come_from_the_board_too(model):
+    """A plugin publishes them by site; `append` joins them to the row's own."""
+    made = {}
+
+    def begin(run):
+        g = torch.Generator().manual_seed(3)
+        for site in run.backbone.sites:
+            k, v = torch.randn(2, 1, site.heads, 5, site.dim, generator=g)
+            made[site.name] = Held(k=k, v=v)
+        run.board["kv:given"] = made
+
+    def declare(need):
+        need.publish("kv:given")
+        sites = need.select(kind=["self", "joint"])
+        need.edit("append", "edit/text", sites, queries="image", from_="kv:given")
+
+    def attention(edits):
+        edits.on("edit/text", "image").append("kv:given")
+
+    def patched(need):
+        need.edit("patch", "edit/text", need.select(kind=["self", "joint"]), queries="image")
+
+    def joined(site, edits):
+        def full(q, k, v, mask, attend):
+            k, v = (torch.cat(pair, 2) for pair in zip((k, v), made[site.name][:2], strict=True))
+            return attend(q, k, v)
+
+        edits.on("edit/text", "image").patch(full)
+
+    ours = latents(model, {"given": plugin(declare=declare, begin=begin, attention=attention)})
+    full = latents(model, {"full": plugin(declare=patched, attention=joined)})
+    torch.testing.assert_close(ours, full, **CLOSE)
+    assert not torch.allclose(ours, latents(model, {}), atol=1e-4)
+
+
+def test_project_kv_is_what_the_site_makes_of_hidden_states():
+    site = stable_diffusion().unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    hidden, seen = torch.randn(2, 7, site.query_dim), {}
+
+    def kept(sdpa, q, k, v, *args, **rest):
+        seen.update(k=k, v=v)
+        return sdpa(q, k, v)
+
+    with Seam({"s": site}) as seam:
+        seam.programs = {"s": kept}
+        site(hidden)
+    held = project_kv(site, hidden)
+    assert torch.equal(held.k, seen["k"]) and torch.equal(held.v, seen["v"])

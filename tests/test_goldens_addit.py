@@ -161,9 +161,14 @@ def run_4096(case, **options):
     return record, result, stored, card
 
 
+def rel_thinned(ours, stored):
+    """Of the tokens that are stored: all of 64, every fourth of 4,096 (attention couples them)."""
+    return rel(ours[..., :: ours.shape[-2] // stored.shape[-2], :], stored)
+
+
 def check_latents(record, stored, steps, tolerance):
     for latents, step in zip(stored, steps, strict=True):
-        assert rel(record.after[step], latents) < tolerance, f"step {step}"
+        assert rel_thinned(record.after[step], latents) < tolerance, f"step {step}"
 
 
 def check_mask(result, stored):
@@ -389,7 +394,7 @@ def test_run_real_inversion(case):
     for step, level in zip((0, 4, 9), (1, 5, 10), strict=True):
         known = dict(zip(card["stored_inverted"], stored["inverted"], strict=True))
         if level in known:
-            assert rel(record.inverted[step][0], known[level]) < 2e-6
+            assert rel_thinned(record.inverted[step][0], known[level]) < 2e-6
     check_latents(record, stored[f"{case}.latents_after_step"], card["stored_steps"], 2e-6)
     check_mask(result, stored[f"{case}.mask_otsu"])
 
@@ -409,9 +414,9 @@ def test_run_generated():
     record, result, stored, card = run_4096("addit_run_generated", provide="regenerate")
     check_latents(record, stored["latents_after_step"], card["stored_steps"], 2e-6)
     for step in (0, 2, 5, 8):
-        assert rel(torch.cat(record.preds[step]), stored[f"velocity_step{step}"]) < 2e-6
+        assert rel_thinned(torch.cat(record.preds[step]), stored[f"velocity_step{step}"]) < 2e-6
     for step, latents in zip((0, 4, 9), stored["source_only_latents_after_step"], strict=True):
-        assert rel(record.after["source", step], latents) < 2e-6
+        assert rel_thinned(record.after["source", step], latents) < 2e-6
     assert rel(result.board["latent:source"], golden("addit_common")[0]["x_src_generated"]) < 2e-6
 
 
@@ -459,4 +464,4 @@ def test_inversion_with_other_corrections(iterations, name):
         "addit_run_real_inversion", latent=latent, provide="invert", iterations=iterations
     )
     stored, _ = golden("addit_run_real_inversion")
-    assert rel(record.inverted[-1][0], stored[f"inverted_last_{name}"]) < 2e-6
+    assert rel_thinned(record.inverted[-1][0], stored[f"inverted_last_{name}"]) < 2e-6

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inlay_attention import AttnEdits, Rows  # isort: skip
+    from inlay_attention import AttnEdits, Held, Rows, project_kv  # isort: skip
     from inlay_config.errors import ConfigError, InlayError, InputError, ModelError  # isort: skip
     from inlay_config.errors import PlanConflict, PluginError, SeamMissed, Stopped  # isort: skip
     from inlay_config.images import open_image  # isort: skip
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from .session import Run, Session
 
 __all__ = [
-    "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "InlayError", "InputError", "Lane",
-    "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result", "Rows", "Run",
-    "SeamMissed", "Session", "Step", "Stopped", "Window", "attach", "denoiser", "hookimpl",
-    "open_image", "resolve_model", "run", "tabulate",
+    "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "Held", "InlayError", "InputError",
+    "Lane", "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result",
+    "Rows", "Run", "SeamMissed", "Session", "Step", "Stopped", "Window", "attach", "denoiser",
+    "hookimpl", "open_image", "project_kv", "resolve_model", "run", "tabulate",
 ]  # fmt: skip
 HOMES = "hookspecs frames events plan session backbones.levels backbones.text cli.experiment"
 

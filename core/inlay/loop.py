@@ -168,6 +168,8 @@ def site_programs(
             spans = run.backbone.spans(site, run.conds[next(iter(rows))].embeds.shape[1])
             named = (site.name, rows, acting, read, run.words, spans, step.probes)
             given = run.tape.given(step, site.name) if acting else {}
+            on_board = {e.from_ for listed in acting.values() for e in listed if ":" in e.from_}
+            given |= {key: run.board[key][site.name] for key in on_board}
             programs[site.name] = SiteProgram(*named, given, lengths, keep)
     return programs
 

@@ -6,10 +6,10 @@ those of one site to fused calls, `Seam` runs programs inside an unmodified mode
 
 from .algebra import AttnEdits, Edit, Held, How, Key, Keys, Op, Probe, Rows, Span, lane_of
 from .lowering import SiteProgram, calls, cat
-from .seam import Seam, attention_modules
+from .seam import Seam, attention_modules, project_kv
 from .store import Store
 
 __all__ = [
     "AttnEdits", "Edit", "Held", "How", "Key", "Keys", "Op", "Probe", "Rows", "Seam",
-    "SiteProgram", "Span", "Store", "attention_modules", "calls", "cat", "lane_of",
+    "SiteProgram", "Span", "Store", "attention_modules", "calls", "cat", "lane_of", "project_kv",
 ]  # fmt: skip

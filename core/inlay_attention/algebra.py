@@ -180,7 +180,7 @@ class AttnEdits:
             if self.target in (branch, lane_of(branch)):
                 twin = f"{lane_of(from_)}/{(from_ if '/' in from_ else branch).split('/')[1]}"
                 twin = twin if twin in self.branches else f"{lane_of(from_)}/text"
-                twin = from_ if ":" in from_ or not from_ else twin  # a colon: given tensors
+                twin = from_ if ":" in from_ or not from_ else twin  # a colon: a key of the board
                 edit = Edit(op, self.owner, branch, self.queries, from_=twin, how=how, **fields)
                 self.by_branch.setdefault(branch, []).append(edit)
         return self

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.checkpoint import checkpoint
 
 from inlay_config.errors import ModelError, SeamMissed
 
+from .algebra import Held
 from .lowering import SiteProgram
 
 
@@ -175,6 +177,14 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
             fix = "Give it uncompiled; Session(pipe, plugins, compile=True) compiles it with them."
             raise ModelError(problem, where="model", fix=fix)
     return {name: m for name, m in named.items() if hasattr(m, "processor") and hasattr(m, "heads")}
+
+
+def project_kv(site: Any, hidden: Tensor) -> Held:
+    """Keys and values `b h m d` that an attention module makes of other hidden states `b m c`, such
+    as a reference network's, by its own weights. For modules that rotate nothing (a U-Net's)."""
+    split = "b m (h d) -> b h m d"
+    k, v = (rearrange(f(hidden), split, h=site.heads) for f in (site.to_k, site.to_v))
+    return Held(k=k if site.norm_k is None else site.norm_k(k), v=v)
 
 
 def _install() -> None:
