@@ -50,9 +50,9 @@ def test_the_page_gets_sizes_figures_and_pictures_and_keeps_its_prose(page):
     assert "0.333" in text
     assert "| `toybox/flux` | 7." in text
     assert "| `toybox/detector` | 1.0" in text
-    for kind in ("samples", "loss"):
-        assert f"](pictures/toybox-detector-{kind}.png)" in text
-        assert (file.parent / "pictures" / f"toybox-detector-{kind}.png").stat().st_size > 1000
+    for kind in ("samples.webp", "loss.png"):
+        assert f"](pictures/toybox-detector-{kind})" in text
+        assert (file.parent / "pictures" / f"toybox-detector-{kind}").stat().st_size > 1000
     assert not list(file.parent.glob("*.partial"))
     assert main(["report", "detector", "--n", "5", "--page", str(file)]) == 0
     assert file.read_text() == text

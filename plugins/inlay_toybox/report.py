@@ -78,7 +78,7 @@ def section(name: str, n: int, pictures: Path) -> str:
     """Figures, sample grid and curve of one model; writes the two pictures."""
     lines = ["| measured | value | aim |", "|---|---|---|"]
     lines += [f"| {f.label} | {f.value} | {f.aim} |" for f in figures(name, n)]
-    grid, curve = pictures / f"toybox-{name}-samples.png", pictures / f"toybox-{name}-loss.png"
+    grid, curve = pictures / f"toybox-{name}-samples.webp", pictures / f"toybox-{name}-loss.png"
     if caption := sheets.draw(name, grid):
         lines += ["", f"![{caption}](pictures/{grid.name})", ""]
         lines += [f"{caption[0].upper()}{caption[1:]}."]
