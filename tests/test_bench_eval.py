@@ -173,7 +173,8 @@ def test_a_task_that_cannot_be_asked_is_refused(
 
 def test_shipped_tasks_are_whole() -> None:
     published = ["affordance-set", "emu-edit", "magicbrush", "pie-bench"]
-    assert tasks.names() == [*published, "toybox-additing", "toybox-affordance"]
+    toybox = ["additing", "affordance", "exemplar", "imitation"]
+    assert tasks.names() == [*published, *(f"toybox-{name}" for name in toybox)]
     for name in tasks.names():
         task = tasks.load(name)
         assert task.n >= 500 and set(task.measures) <= set(MEASURES)

@@ -1,5 +1,5 @@
 """Methods under test: experiments by name or YAML file, and rows to compare with: `copy`, `vae`,
-`twin`, `elsewhere`.
+`twin`, `elsewhere`, and those that paste an exemplar (`inlay_bench.pasting`).
 
 A method turns an item into a picture. Pipelines are loaded once and shared between methods of the
 same model; an experiment keeps its session from item to item.
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from inlay_bench.pasting import PASTES, paste
+from inlay_bench.pictures import digest_of
 from inlay_bench.tasks import Item, Task
 from inlay_config import config, manifest, registry
 from inlay_config.config import Experiment
@@ -122,6 +126,17 @@ class Twin(Method):
         return Image.fromarray(np.where(inside, np.roll(true, shift, 1), np.asarray(source)))
 
 
+class Paste(Method):
+    """The exemplar's object pasted into the region, as it is or harmonised; no model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.identity = {"method": {"paste": name, "version": 1}}
+
+    def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        return paste(item, source, PASTES[self.name])
+
+
 class Edit(Method):
     """An experiment; what the item says takes the place of its prompts, subject, picture and seed.
 
@@ -136,6 +151,7 @@ class Edit(Method):
         self.pipelines = pipelines
         self.exp = config.load(path, self.overrides)
         self._session: tuple[Any, Any] = (None, None)
+        self._folder = TemporaryDirectory(prefix="inlay-eval-")
         resolved = config.to_dict(self.exp)
         for mine in ("input", "out", "seed", "n"):  # an item's, or no matter
             del resolved[mine]
@@ -153,13 +169,28 @@ class Edit(Method):
         for plugin, option in self.task.seeds.items():
             if plugin in exp.plugins:
                 exp.plugins[plugin] = {**(exp.plugins[plugin] or {}), option: item.seed}
+        mask = self._give(exp, item)
         asked = {key: getattr(exp, key) for key in RUN}
         prompts = config.to_dict(exp)["prompt"]
         given = source if self.task.inputs == "given" else None
-        result = self._session_of(exp).run(prompts, given, **asked, seed=item.seed)
+        result = self._session_of(exp).run(prompts, given, mask, **asked, seed=item.seed)
         made = to_pil(result.images["edit"])[0]
         # A model that works at another size is measured at the input's.
         return made if given is None or made.size == given.size else made.resize(given.size)
+
+    def _give(self, exp: Experiment, item: Item) -> Image.Image | None:
+        """Write an item's further pictures where plugins read them; the mask is returned."""
+        mask = None
+        for name, places in self.task.given.items():
+            for place in places:
+                plugin, _, option = place.partition(".")
+                if place == "mask":
+                    mask = item.given[name]
+                elif plugin in exp.plugins:
+                    path = Path(self._folder.name) / f"{digest_of(item.given[name])}.png"
+                    item.given[name].save(path)
+                    exp.plugins[plugin] = {**(exp.plugins[plugin] or {}), option: str(path)}
+        return mask
 
     def _session_of(self, exp: Experiment) -> Any:
         """The session of the last item, or a new one where an option has changed."""
@@ -186,6 +217,7 @@ def build(names: Sequence[str], task: Task, overrides: Sequence[str] = ()) -> li
         "vae": lambda: RoundTrip(shipped, pipelines),
         "twin": Twin,
         "elsewhere": lambda: Twin(elsewhere=True),
+        **{name: partial(Paste, name) for name in PASTES},
     }
     made: dict[str, Method] = {}
     sanity = SANITY if shipped.model else ("copy",)

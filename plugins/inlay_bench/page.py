@@ -182,6 +182,8 @@ def _item(summary: Summary, item: Item) -> Iterator[str]:
     yield f'<div class="item"><p><code>{item.id}</code> {said}'
     yield f'<span class="soft">{unseen}</span></p><div class="row">'
     yield _figure(summary, "input", item, "")
+    for name in item.given:
+        yield _figure(summary, f"given-{name}", item, "")
     for method in done.methods:
         if method != "copy":
             record = done.records[method][item.id]
@@ -197,7 +199,8 @@ def _figure(summary: Summary, method: str, item: Item, below: str) -> str:
     if path.is_file():
         data = base64.b64encode(path.read_bytes()).decode()
         image = f'<img alt="{escape(method)}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption><b>{escape(method)}</b>{below}</figcaption></figure>"
+    title = escape(method.removeprefix("given-"))
+    return f"<figure>{image}<figcaption><b>{title}</b>{below}</figcaption></figure>"
 
 
 def _below(summary: Summary, numbers: dict[str, float | None]) -> str:

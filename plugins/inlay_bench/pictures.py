@@ -74,6 +74,8 @@ class Sources:
 
     def __call__(self, item: Item) -> Image.Image:
         path = path_of(self.out, "input", item.id)
+        for name, picture in item.given.items():
+            store(picture, path_of(self.out, f"given-{name}", item.id))
         if item.picture is not None:
             store(item.picture, path)
             return item.picture
@@ -90,6 +92,13 @@ class Sources:
 def digest(identity: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits of plain data."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fingerprint(item: Item, source: Image.Image) -> str:
+    """Twelve hexadecimal digits of all pictures that a method gets of an item."""
+    if not item.given:
+        return digest_of(source)
+    return digest({"input": digest_of(source), **{k: digest_of(p) for k, p in item.given.items()}})
 
 
 def digest_of(picture: Image.Image) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from inlay_bench import measures
 from inlay_bench.measures import MEASURES, Measure
 from inlay_bench.methods import Method
-from inlay_bench.pictures import Sources, Stamp, digest, digest_of, kept, path_of, store
+from inlay_bench.pictures import Sources, Stamp, digest, fingerprint, kept, path_of, store
 from inlay_bench.records import DiskError, Record, Records, locked, on_disk, set_aside
 from inlay_bench.tasks import Item, Task
 from inlay_config import manifest
@@ -119,7 +119,7 @@ def attempt(
     record: Record = {"item": item.id, "state": "failed"}
     try:
         source = sources(item)
-        record["input"] = digest_of(source)
+        record["input"] = fingerprint(item, source)
         drawn = kept(path, made_by, record["input"])
         if drawn is None:
             started = time.perf_counter()
@@ -139,7 +139,7 @@ def attempt(
 def check_input(item: Item, book: Records) -> None:
     """Raise InputError when an item was recorded with another input than it has now."""
     then = book.latest[item.id].get("input")
-    if item.picture is not None and then not in (None, digest_of(item.picture)):
+    if item.picture is not None and then not in (None, fingerprint(item, item.picture)):
         fix = "Choose another --out, or give --restart to set what is there aside."
         where = f"{book.path}, item {item.id}"
         raise InputError("its input has changed since it was recorded", where=where, fix=fix)
@@ -174,6 +174,7 @@ def identity(
     return {
         "pictures": {
             **{key: said[key] for key in ("name", "data", "inputs", "run", "seeds")},
+            **({"given": task.given} if task.given else {}),
             "drawn by": draw.identity if draw else None,
             "seed": seed,
             **method.identity,

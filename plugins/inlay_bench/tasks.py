@@ -37,7 +37,8 @@ class Item:
     id: letters, digits, dot, dash; unique in the task. picture: the input; None when the task's
     model draws it from `texts["source"]` with `seed`. texts: by name (source, target, subject).
     truth: bool arrays `h w` by name (allowed, footprint, mask), whatever is known. facts: plain
-    values by name (class, held_out, chance, things ...). seed: of the run.
+    values by name (class, held_out, chance, things ...). seed: of the run. given: further pictures
+    that a method gets, by name (mask, exemplar).
     """
 
     id: str
@@ -46,6 +47,7 @@ class Item:
     seed: int
     truth: Mapping[str, np.ndarray] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
 Provider = Callable[..., Iterator[Item]]
@@ -89,6 +91,7 @@ class Task:
     inputs: str = "given"
     model: str = "toybox/flux"
     run: dict[str, str] = field(default_factory=dict)
+    given: dict[str, list[str]] = field(default_factory=dict)
     seeds: dict[str, str] = field(default_factory=dict)
     networks: dict[str, str] = field(default_factory=dict)
     measures: list[str] = field(default_factory=list)
@@ -200,7 +203,7 @@ def _check(task: Task, where: str) -> None:
 def register_all() -> None:
     """Import what registers providers and measures: ours, and the modules that other packages name
     in the entry point group `inlay.bench`. Raises PluginError for one that cannot be imported."""
-    for ours in ("providers", "benchmarks"):
+    for ours in ("providers", "exemplars", "benchmarks"):
         importlib.import_module(f"inlay_bench.{ours}")
     for point in sorted(entry_points(group="inlay.bench")):
         try:

@@ -15,7 +15,11 @@ OVERLAP = 0.5
 """Intersection over union from which a detection matches an object."""
 
 PROMPTS, SCENES, INSERTIONS = 1_000_000, 2_000_000, 3_000_000
-"""First seeds of the three sets of scenes, counted from ``UNSEEN``."""
+EXEMPLARS, IMITATIONS, INSTRUCTIONS = 4_000_000, 5_000_000, 6_000_000
+"""First seeds of the sets of scenes, counted from ``UNSEEN``."""
+
+STRIDE = 10_000_000
+"""Between the first seeds of two sets of tasks."""
 
 
 @dataclass
