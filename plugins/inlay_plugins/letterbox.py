@@ -37,11 +37,8 @@ class Letterbox(Plugin):
         if not self.acts:
             return
         original, (height, width) = run.board["image:original"], run.size
-        rows, columns = original.shape[-2:]
-        scale = min(height / rows, width / columns)
-        tall, wide = max(round(rows * scale), 1), max(round(columns * scale), 1)
-        left, top = (width - wide) // 2, (height - tall) // 2
-        self.box = (left, top, left + wide, top + tall)
+        self.box = left, top, right, bottom = masks.inside(original.shape[-2:], run.size)
+        tall, wide = bottom - top, right - left
         run.board["box:letterbox"] = self.box
         if (tall, wide) == (height, width):
             return

@@ -92,6 +92,22 @@ def dilate(mask: Tensor, cells: int) -> Tensor:
     return F.max_pool2d(wide, (1, size), 1, (0, cells))
 
 
+def inside(shape: Sequence[int], frame: Sequence[int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a picture of `shape` (h, w) in the middle of a frame (h, w) that
+    it touches on two sides."""
+    scale = min(frame[0] / shape[0], frame[1] / shape[1])
+    tall, wide = (max(round(side * scale), 1) for side in shape)
+    left, top = (frame[1] - wide) // 2, (frame[0] - tall) // 2
+    return left, top, left + wide, top + tall
+
+
+def frame(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """A picture `b c h w` in 0..1 between white bars in a frame of `size` (h, w)."""
+    left, top, right, bottom = inside(picture.shape[-2:], size)
+    shown = resize_bicubic(picture, (bottom - top, right - left))
+    return F.pad(shown, (left, size[1] - right, top, size[0] - bottom), value=1.0)
+
+
 def feather(mask: Tensor, pixels: int) -> Tensor:
     """A ramp around the mask: 1 inside, exactly 0 beyond `pixels` (rounded up to even)."""
     radius = math.ceil(pixels / 2)

@@ -74,6 +74,10 @@ class Backbone(Geometry):
     def cfg_scale(self, guidance: float, true_cfg: float) -> float:
         """The classifier-free scale of a lane; above 1 it gets a null branch."""
 
+    def pieces(self, prompt: str) -> list[str]:
+        """Tokens as text, in the order of the embedding's rows; none where no words are read."""
+        return []
+
     def latent(
         self, n: int, size: Size, generator: torch.Generator | None, given: Tensor | None = None
     ) -> Tensor:
@@ -158,8 +162,7 @@ class Backbone(Geometry):
         """One model call; diffusers' caches keep text and null apart by the context's name."""
         context = getattr(self.denoiser, "cache_context", None)
         with context("uncond" if role == "null" else "cond") if context else nullcontext():
-            output: Tensor = self.denoiser(**kwargs, return_dict=False)[0]
-        return output
+            return self.denoiser(**kwargs, return_dict=False)[0]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Clean latents (the mode, not a sample) of pictures."""
@@ -177,14 +180,11 @@ class Backbone(Geometry):
         shift = vae.config.shift_factor if self.flow else None  # others' pipelines know of none
         z = self.unpack(x, size) / vae.config.scaling_factor
         z = (z if shift is None else z + shift).to(vae.dtype)
-        image: Tensor = vae.decode(z, return_dict=False)[0]
-        return image
+        return vae.decode(z, return_dict=False)[0]
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
         """Pictures of clean latents, by the stock pipeline's own arithmetic."""
-        image = self.pixels(x, size)
-        pictures: Tensor = self.pipe.image_processor.postprocess(image, output_type="pt")
-        return pictures
+        return self.pipe.image_processor.postprocess(self.pixels(x, size), output_type="pt")
 
     @cached_property
     def weights(self) -> int:

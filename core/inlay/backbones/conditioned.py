@@ -21,7 +21,7 @@ from inlay_config.errors import ModelError
 
 from ..events import Branch
 from .stable_diffusion import StableDiffusion
-from .text import Cond, pieces
+from .text import Cond
 
 
 class Conditioned(StableDiffusion):
@@ -77,7 +77,7 @@ class InstructPix2Pix(Conditioned):
         return mode.to(self.dtype)
 
     def encode_text(self, prompt: str) -> Cond:
-        tokens = pieces(self.pipe.tokenizer, prompt, self.text_tokens)
+        tokens = self.pieces(prompt)
         return Cond(self.pipe._encode_prompt(prompt, self.device, 1, False), None, tokens)
 
     def groups(self, branches: list[Branch]) -> tuple[tuple[str, ...], ...]:
@@ -114,6 +114,9 @@ class PaintByExample(Conditioned):
     @property
     def text_tokens(self) -> int:
         return 1
+
+    def pieces(self, prompt: str) -> list[str]:
+        return []
 
     def encode_text(self, prompt: str) -> Cond:
         return Cond(self.pipe.image_encoder.uncond_vector, None, [])

@@ -55,8 +55,11 @@ class Flux(Backbone):
 
         return lambda queries, keys: (of(queries), of(keys))
 
+    def pieces(self, prompt: str) -> list[str]:
+        return pieces(self.pipe.tokenizer_2, prompt, self.text_tokens)
+
     def encode_text(self, prompt: str) -> Cond:
-        tokens = pieces(self.pipe.tokenizer_2, prompt, self.text_tokens)
+        tokens = self.pieces(prompt)
         options = {"device": self.device, "max_sequence_length": self.text_tokens}
         embeds, pooled, _ = self.pipe.encode_prompt(prompt=prompt, prompt_2=None, **options)
         return Cond(embeds, pooled, tokens)

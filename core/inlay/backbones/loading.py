@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
+from inlay_config.config import data_path
 from inlay_config.errors import ModelError
 
 from .base import Backbone
@@ -80,22 +83,31 @@ def load(
     return pipe
 
 
-def skeleton(path: str, revision: str | None = None) -> Any:
+def skeleton(path: str, revision: str | None = None, dtype: str = "float32") -> Any:
     """The pipeline without weights: networks on the meta device, true tokenizers and scheduler.
 
-    Raises ModelError when the folder or hub name holds no such pipeline.
+    Nothing is fetched for a published model whose configuration ships here: its tokenizers are
+    those that were fetched before, or None. Raises ModelError when there is no such pipeline.
     """
     import diffusers
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers, **_names()}
+    shipped = data_path("models") / path.replace("/", "--")
+    home = str(shipped) if shipped.is_dir() and not revision else path
     try:
-        config = diffusers.DiffusionPipeline.load_config(path, revision=revision)
+        config = diffusers.DiffusionPipeline.load_config(home, revision=revision)
         parts: dict[str, Any] = {}
         for name, entry in config.items():
-            if isinstance(entry, list) and len(entry) == 2:
-                cls = getattr(libraries.get(entry[0]), str(entry[1]), None)
-                parts[name] = _part(cls, path, {"subfolder": name, "revision": revision})
+            if not isinstance(entry, list) or len(entry) != 2:
+                continue
+            cls = getattr(libraries.get(entry[0]), str(entry[1]), None)
+            if home == path or (shipped / name).is_dir():
+                parts[name] = _part(cls, home, {"subfolder": name, "revision": revision})
+            else:
+                parts[name] = _fetched(cls, path, name)
+            if isinstance(parts[name], torch.nn.Module):  # diffusers' own `to` warns of rounding
+                torch.nn.Module.to(parts[name], getattr(torch, dtype))
         if "safety_checker" in parts:
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, config["_class_name"])(**parts)
@@ -132,6 +144,12 @@ def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
         if issubclass(cls, PreTrainedModel):
             return cls(AutoConfig.from_pretrained(path, **where))
     return cls.from_pretrained(path, **where)
+
+
+def _fetched(cls: Any, path: str, name: str) -> Any:
+    """A tokenizer of a published model that is on this machine already, else None."""
+    held = try_to_load_from_cache(path, f"{name}/tokenizer_config.json")
+    return cls.from_pretrained(Path(held).parent) if isinstance(held, str) else None
 
 
 def _unusable(path: str, error: Exception) -> ModelError:

@@ -7,17 +7,17 @@ middle and on the way up joins that of the imitative U-Net.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from inlay_attention import Held
 from inlay_config.errors import ModelError
 
 from .conditioned import Conditioned
+from .mimicbrush_forward import readers, reference, shared
 from .text import Cond
 
 
@@ -40,25 +40,21 @@ class MimicBrush(Conditioned):
             problem = f"its reference U-Net takes {taken} channels, an exemplar's latent {wanted}"
             fix = "Use a plain Stable Diffusion's U-Net there, not an inpainting one."
             raise ModelError(problem, where="model", fix=fix)
-        own, other = ({n: m.inner_dim for n, m in self._reading(u).items()} for u in self._unets)
+        unets = self.denoiser, pipe.reference_unet
+        own, other = ({n: m.inner_dim for n, m in readers(unet).items()} for unet in unets)
         if own != other or not own:
             problem = "the self-attention of its two U-Nets is not the same"
             raise ModelError(problem, where="model", fix="Both are made of one Stable Diffusion.")
 
     @property
-    def _unets(self) -> tuple[Any, Any]:
-        return self.denoiser, self.pipe.reference_unet
-
-    @staticmethod
-    def _reading(unet: Any) -> dict[str, Any]:
-        """Self-attention in the middle and on the way up, by path."""
-        modules = unet.named_modules()
-        return {n: m for n, m in modules if n.endswith("attn1") and not n.startswith("down")}
+    def takes_depth(self) -> bool:
+        """Whether the imitative U-Net has channels for the depth."""
+        return self.pipe.depth_guider is not None
 
     @property
     def further(self) -> int:
-        guider = self.pipe.depth_guider
-        return self.channels + 1 + (0 if guider is None else int(guider.config.channels))
+        depth = self.pipe.depth_guider.config.channels if self.takes_depth else 0
+        return self.channels + 1 + int(depth)
 
     @property
     def text_tokens(self) -> int:
@@ -67,9 +63,9 @@ class MimicBrush(Conditioned):
 
     def encode_text(self, prompt: str) -> Cond:
         side = self.pipe.image_encoder.config.image_size
-        return Cond(self.tokens(torch.zeros(1, 3, side, side)), None, [])
+        return Cond(self.prompt(torch.zeros(1, 3, side, side)), None, [])
 
-    def tokens(self, pixels: Tensor) -> Tensor:
+    def prompt(self, pixels: Tensor) -> Tensor:
         """The prompt `b t c` of pictures `b 3 s s` that are normalised for CLIP."""
         encoder = self.pipe.image_encoder
         weight = next(encoder.parameters())
@@ -80,7 +76,7 @@ class MimicBrush(Conditioned):
     def exemplar(self, picture: Image.Image) -> Tensor:
         """The prompt of a picture."""
         pixels = self.pipe.feature_extractor(images=picture, return_tensors="pt").pixel_values
-        return self.tokens(pixels)
+        return self.prompt(pixels)
 
     def posterior(self, image: Tensor, noise: Tensor | None) -> Tensor:
         """Latent of a picture `1 3 h w` in 0..1: its posterior's mode, or with `noise` `1 c h w` a
@@ -95,29 +91,7 @@ class MimicBrush(Conditioned):
         channels: Tensor = self.pipe.depth_guider(depth.to(self.device, self.dtype), grid)
         return channels
 
-    def reference(self, z: Tensor, t: Tensor, tokens: Tensor) -> Mapping[str, Tensor]:
-        """What the reference U-Net's self-attention reads, `1 n c` by site, of the exemplar's clean
-        latent `1 c h w` at time t; it is not evaluated further than the last of these."""
-        found, unet, hooks = dict[str, Tensor](), self.pipe.reference_unet, []
-        wanted = self._reading(unet)
-
-        def keep(site: str, hidden: Tensor) -> None:
-            found[site] = hidden
-            if len(found) == len(wanted):
-                raise _Complete
-
-        for site, module in wanted.items():
-            hook = module.register_forward_pre_hook(lambda _, args, at=site: keep(at, args[0]))
-            hooks.append(hook)
-        try:
-            unet(z, t, tokens)
-        except _Complete:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
-
-
-class _Complete(Exception):
-    """All that is wanted of a forward is there."""
+    def read(self, z: Tensor, t: Tensor, prompt: Tensor, mix: float) -> dict[str, Held]:
+        """Keys and values by site that the exemplar's clean latent `1 c h w` gives at time t."""
+        hidden = reference(self.pipe.reference_unet, z, t, prompt)
+        return {site: shared(self.modules[site], r, mix) for site, r in hidden.items()}

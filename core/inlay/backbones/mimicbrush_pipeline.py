@@ -4,7 +4,8 @@ container that is saved to and loaded from a folder. What it computes is said by
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from diffusers import (
@@ -44,7 +45,7 @@ class DepthGuider(ModelMixin, ConfigMixin):
         first, *_, last = widths = tuple(block_out_channels)
         self.conv_in = nn.Conv2d(1, first, 3, padding=1)
         blocks = list[nn.Module]()
-        for width, wider in zip(widths, widths[1:], strict=False):
+        for width, wider in pairwise(widths):
             blocks.append(nn.Conv2d(width, width, 3, padding=1))
             blocks.append(nn.Conv2d(width, wider, 3, padding=1, stride=2))
         self.blocks = nn.ModuleList(blocks)
@@ -73,7 +74,7 @@ class MimicBrushPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "image_encoder->image_tokens->depth_guider->reference_unet->unet->vae"
-    _optional_components = ["depth_guider", "feature_extractor"]
+    _optional_components: ClassVar[list[str]] = ["depth_guider", "feature_extractor"]
 
     def __init__(
         self,

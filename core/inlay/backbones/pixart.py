@@ -51,8 +51,11 @@ class PixArt(Backbone):
         names = "text" if site.kind == "cross" else "image"
         return lambda queries, keys: ({"image": slice(0, queries)}, {names: slice(0, keys)})
 
+    def pieces(self, prompt: str) -> list[str]:
+        return pieces(self.pipe.tokenizer, prompt, self.text_tokens)
+
     def encode_text(self, prompt: str) -> Cond:
-        tokens = pieces(self.pipe.tokenizer, prompt, self.text_tokens)
+        tokens = self.pieces(prompt)
         options = {"device": self.device, "max_sequence_length": self.text_tokens}
         embeds, mask, _, _ = self.pipe.encode_prompt(prompt, False, **options)
         return Cond(embeds, None, tokens, mask)

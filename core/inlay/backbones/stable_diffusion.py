@@ -42,8 +42,11 @@ class StableDiffusion(Backbone):
         names = "text" if site.kind == "cross" else "image"
         return lambda queries, keys: ({"image": slice(0, queries)}, {names: slice(0, keys)})
 
+    def pieces(self, prompt: str) -> list[str]:
+        return pieces(getattr(self.pipe, "tokenizer", None), prompt, self.text_tokens)
+
     def encode_text(self, prompt: str) -> Cond:
-        tokens = pieces(self.pipe.tokenizer, prompt, self.text_tokens)
+        tokens = self.pieces(prompt)
         return Cond(self.pipe.encode_prompt(prompt, self.device, 1, False)[0], None, tokens)
 
     def set_timesteps(self, scheduler: Any, steps: int, sigmas: Any, size: Size) -> None:

@@ -61,13 +61,16 @@ class StableDiffusion3(Backbone):
 
         return lambda queries, keys: (of(queries), of(keys))
 
-    def encode_text(self, prompt: str) -> Cond:
+    def pieces(self, prompt: str) -> list[str]:
         most = int(self.pipe.tokenizer_max_length)
-        short = self.pipe.tokenizer(prompt, truncation=True, max_length=most)["input_ids"]
-        tokens = list(self.pipe.tokenizer.convert_ids_to_tokens(short))
+        tokens = pieces(self.pipe.tokenizer, prompt, most, cut=True)
         if self.pipe.tokenizer_3 is not None:
             tokens += [""] * (most - len(tokens))
             tokens += pieces(self.pipe.tokenizer_3, prompt, self.t5_tokens)
+        return tokens
+
+    def encode_text(self, prompt: str) -> Cond:
+        tokens = self.pieces(prompt)
         options = {"device": self.device, "max_sequence_length": self.t5_tokens}
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt, None, None, do_classifier_free_guidance=False, **options

@@ -22,8 +22,11 @@ class StableDiffusionXL(StableDiffusion):
 
     name, sets_begin_index = "sdxl", True
 
+    def pieces(self, prompt: str) -> list[str]:
+        return pieces(self.pipe.tokenizer or self.pipe.tokenizer_2, prompt, self.text_tokens)
+
     def encode_text(self, prompt: str) -> Cond:
-        tokens = pieces(self.pipe.tokenizer or self.pipe.tokenizer_2, prompt, self.text_tokens)
+        tokens = self.pieces(prompt)
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompt, None, self.device, 1, False)
         if not prompt and self.pipe.config.force_zeros_for_empty_prompt:
             embeds, pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay_config.errors import InputError
+from inlay_config.errors import InputError, ModelError
 
 
 @dataclass
@@ -42,22 +42,26 @@ def even(conds: dict[str, Cond]) -> tuple[dict[str, Cond], dict[str, int]]:
     return padded, lengths if len(set(lengths.values())) > 1 else {}
 
 
-def pieces(tokenizer: Any, prompt: str, length: int) -> list[str]:
+def pieces(tokenizer: Any, prompt: str, length: int, cut: bool = False) -> list[str]:
     """Text pieces in the order of the embedding's rows, special tokens included.
 
-    Raises InputError when the prompt does not fit into `length` tokens.
+    Raises InputError when the prompt does not fit into `length` tokens, unless it is to be `cut`,
+    and ModelError without a tokenizer.
     """
-    ids = tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+    if tokenizer is None:
+        raise ModelError("this pipeline has no tokenizer", where="model", fix="Load it with one.")
+    limit = {"truncation": True, "max_length": length} if cut else {"truncation": False}
+    ids = tokenizer(prompt, verbose=False, **limit)["input_ids"]
     if len(ids) > length:
         problem = f"the prompt has {len(ids)} tokens, the model takes {length}: {prompt[:80]!r}"
         raise InputError(problem, where="prompt", fix="Shorten it.")
     return list(tokenizer.convert_ids_to_tokens(ids))
 
 
-def find(cond: Cond, word: str | tuple[int, ...]) -> tuple[int, ...]:
+def find(cond: Cond, word: str | tuple[int, ...], where: str = "prompt") -> tuple[int, ...]:
     """Indices of all pieces of the first occurrence of `word` (whole words, any case), or as given.
 
-    Raises InputError when the prompt does not hold it.
+    Raises InputError, with the YAML path of the word, when the prompt does not hold it.
     """
     if not isinstance(word, str):
         return word
@@ -70,5 +74,5 @@ def find(cond: Cond, word: str | tuple[int, ...]) -> tuple[int, ...]:
         stop = start + len(wanted)
         if not (folded[max(start - 1, 0) : start].isalnum() or folded[stop : stop + 1].isalnum()):
             return tuple(dict.fromkeys(owner[start:stop]))
-    fix = "Use the very words of prompt.edit (whole words, singular or plural as written)."
-    raise InputError(f"{word!r} is not in the prompt {text.strip()!r}", where="subject", fix=fix)
+    fix = "Use the very words of the prompt (whole words, singular or plural as written)."
+    raise InputError(f"{word!r} is not in the prompt {text.strip()!r}", where=where, fix=fix)
