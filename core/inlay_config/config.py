@@ -170,7 +170,8 @@ def data_path(name: str) -> Path:
 def experiments() -> list[str]:
     """Names of the packaged experiments and of the presets among them."""
     root = data_path("experiments")
-    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    found = [path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")]
+    return sorted(name for name in found if not name.startswith("train/"))  # those are recipes
 
 
 def expand_presets(plugins: Mapping[str, Any], exp: Experiment | None = None) -> dict[str, Any]:
