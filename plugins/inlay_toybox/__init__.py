@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 MODELS: dict[str, str] = {
@@ -15,8 +16,17 @@ MODELS: dict[str, str] = {
 }
 
 
+@cache
 def path(name: str) -> Path:
-    """Folder of a shipped model: ``path("flux")`` loads with ``FluxPipeline.from_pretrained``."""
+    """Folder of a shipped model: ``path("flux")`` loads with ``FluxPipeline.from_pretrained``.
+
+    What ships as a difference to another model is expanded into the user's cache, once.
+    """
     if name not in MODELS:
         raise KeyError(f"no toybox model {name!r}; there are: {', '.join(MODELS)}")
-    return Path(__file__).parent / "models" / name
+    folder = Path(__file__).parent / "models" / name
+    if not (folder / "delta.safetensors").is_file():
+        return folder
+    from inlay_toybox import deltas
+
+    return deltas.expand(folder, path(deltas.base_of(folder)))
