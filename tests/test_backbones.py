@@ -135,8 +135,8 @@ def test_a_word_is_found_with_all_its_pieces(tokens, word, found):
 @pytest.mark.parametrize("word", ["cat", "ball", "oon", "do", "air ball", "", "dogs near"])
 def test_what_is_not_a_word_of_the_prompt_is_refused(word):
     cond = Cond(torch.zeros(1, len(CLIP), 1), tokens=CLIP)
-    with pytest.raises(InputError, match=rf"subject: '{word}' is not in the prompt"):
-        text.find(cond, word)
+    with pytest.raises(InputError, match=rf"plugins\.a\.b: '{word}' is not in the prompt"):
+        text.find(cond, word, "plugins.a.b")
 
 
 def test_pieces_follow_the_rows_of_the_embedding(folder):

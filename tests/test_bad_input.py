@@ -60,7 +60,7 @@ def refused(invoke: Invoke, *words: str) -> str:
         ("plugins.weighted_attention.gamma=.nan", "attention.gamma: nan is not a finite number"),
         ("plugins.weighted_attention.windows.double=[0, 99]", "steps 0..99 are outside a run"),
         ("plugins.structure_transfer.step=7", "plugins.structure_transfer.step"),
-        ("subject=zebra", "subject: 'zebra' is not in the prompt"),
+        ("subject=zebra", "plugins.subject_mask.subject: 'zebra' is not in the prompt"),
         ("offload=model", "offload"),
         ("device=cuda:7", "device"),
     ],

@@ -8,12 +8,13 @@ from PIL import Image
 
 import inlay
 from folders import save_flux
-from inlay import ConfigError, PlanConflict, Window
+from inlay import ConfigError, InputError, PlanConflict, Window, backbones
 from inlay.backbones import adapt
-from inlay.cli.experiment import plan_experiment
+from inlay.cli.experiment import plan_experiment, planned
+from inlay.cli.words import find_words, words_data, words_table
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
-from models import conds, flux, instruct_pix2pix, paint_by_example, pixel, stable_diffusion
+from models import conds, flux, pixel, stable_diffusion
 from spies import Editor, plugin
 
 
@@ -328,35 +329,79 @@ def test_the_table_says_it_all(pipe):
 
 RECORDED = Path(__file__).parent / "plans"
 SHIPPED = [n for n in config.experiments() if not n.startswith(("presets/", "demo"))]
-OTHERS = {
-    "toybox/ddpm": pixel,
-    "timbrooks/instruct-pix2pix": instruct_pix2pix,
-    "Fantasy-Studio/Paint-by-Example": paint_by_example,
+PUBLISHED = {  # described by configurations that ship here: parameters of the denoiser
+    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 859_520_964,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684,
+    "stabilityai/stable-diffusion-3-medium-diffusers": 2_028_328_000,
+    "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
+    "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
+    "timbrooks/instruct-pix2pix": 859_532_484,
+    "Fantasy-Studio/Paint-by-Example": 859_535_364,
 }
-PICTURED = {  # whose experiments want pictures of the caller's
-    instruct_pix2pix: ["input.image"],
-    paint_by_example: ["input.image", "input.mask", "plugins.exemplar.image"],
+TINY = {"toybox/ddpm": pixel, "toybox/sd": stable_diffusion}
+PICTURED = {  # experiments that want pictures of the caller's
+    "instruct": ["input.image"],
+    "exemplar": ["input.image", "input.mask", "plugins.exemplar.image"],
+    "blended_image_guided": ["plugins.clip_guidance.images"],
 }
-GUIDED = {"blended_image_guided": ["plugins.clip_guidance.images"]}  # by a picture
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_experiment_is_planned_as_recorded(folder, name, tmp_path):
-    """On a tiny FLUX, or the kind of model that it needs, no weight loaded. After a change that is
-    meant: write the new table."""
-    make = OTHERS.get(config.load(name).model)
-    if make:
-        make().save_pretrained(folder := tmp_path)
-    over = [f"model={folder}", "device=cpu", "size=32", "scheduler=null"]
+    """A published model at its own size, others on a tiny one of their kind; no weight is loaded.
+    After a change that is meant: write the new table."""
+    model, over = config.load(name).model, ["device=cpu"]
+    if model in TINY:
+        TINY[model]().save_pretrained(folder := tmp_path)
+    if model not in PUBLISHED:
+        over += [f"model={folder}", "size=32", "scheduler=null"]
     Image.new("RGB", (32, 32)).save(picture := tmp_path / "picture.png")
-    over += [f"{key}={picture}" for key in PICTURED.get(make, GUIDED.get(name, ()))]
+    over += [f"{key}={picture}" for key in PICTURED.get(name, ())]
     made = plan_experiment(config.load(name, over))
     assert str(made) + "\n" == (RECORDED / f"{name}.txt").read_text()
 
 
-def test_planning_puts_networks_on_the_meta_device(folder):
-    from inlay import backbones
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_described_whole(name):
+    """To the last parameter of its weights, in the type that is asked for."""
+    pipe = backbones.skeleton(name, dtype="bfloat16")
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    held = {(p.device.type, p.dtype) for network in networks for p in network.parameters()}
+    assert len(networks) >= 3 and held == {("meta", torch.bfloat16)}
+    assert sum(p.numel() for p in adapt(pipe).denoiser.parameters()) == PUBLISHED[name]
 
+
+def test_every_hub_model_of_the_experiments_is_described():
+    hub = {model for name in SHIPPED if "/" in (model := config.load(name).model)}
+    assert {model for model in hub if not model.startswith("toybox/")} <= PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_words_are_looked_for_where_there_is_a_tokenizer(folder, held):
+    """Else they are said to be unchecked."""
+    asked = Experiment(model=str(folder), prompt=Prompt(edit="a dog, a bus"), size=[32, 32])
+    asked.plugins = {"reweight": {"words": {"bus": 2.0}}}
+    session, made = planned(asked)
+    if not held:
+        session.backbone.pipe.tokenizer_2 = None
+    (word,) = find_words(made, session.backbone)
+    assert (word.branch, word.word) == ("edit/text", "bus")
+    assert words_data([word])[0]["checked"] is held
+    pieces = session.backbone.pieces("a dog, a bus") if held else []
+    assert [pieces[i] for i in word.tokens or ()] == list("bus" if held else "")
+    assert ("unchecked" in words_table([word])) is not held
+
+
+def test_a_word_that_is_missing_is_refused_with_its_option(folder):
+    asked = Experiment(model=str(folder), prompt=Prompt("a cat", "a dog"), size=[32, 32])
+    asked.plugins = {"prompt_to_prompt": {"weights": {"cat": 2.0}, "self_tokens": 1024}}
+    session, made = planned(asked)
+    with pytest.raises(InputError, match=r"^plugins\.prompt_to_prompt\.weights: 'cat' is not in"):
+        find_words(made, session.backbone)
+
+
+def test_planning_puts_networks_on_the_meta_device(folder):
     pipe = backbones.skeleton(str(folder))
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
         assert {p.device.type for p in part.parameters()} == {"meta"}

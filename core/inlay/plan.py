@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from inlay_attention import Key, Op, Probe, lane_of
-from inlay_attention.conflicts import DeclaredEdit, settle
+from inlay_attention.conflicts import DeclaredEdit, by_place, settle
 from inlay_config.config import Gradient
 from inlay_config.errors import ConfigError, PlanConflict
 
@@ -24,13 +23,15 @@ if TYPE_CHECKING:
 
 Active = Window | Iterable[int] | None
 Through = Literal["model", "x0"]
+Word = tuple[str, str | tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
 class Request:
     """What was asked for. size, grid: (height, width) px and tokens; inputs: board keys given;
     resolve: who wins where two edits clash; replays: a store answers for all lanes but the edit;
-    levels(): (step, Frame) of every evaluation, tabulated when asked."""
+    levels(): (step, Frame) of every evaluation, tabulated when asked; guided(lane): whether it has
+    classifier-free guidance."""
 
     prompt: Mapping[str, str]
     steps: int
@@ -46,6 +47,11 @@ class Request:
     replays: bool = False
     gradient: Gradient = field(default_factory=Gradient)
     levels: Callable[[], list[tuple[int, Frame]]] = list
+    guided: Callable[[str], bool] = bool
+
+    def scale(self, lane: str) -> float:
+        """The guidance of a lane."""
+        return self.guidance.get(lane, 3.5) if isinstance(self.guidance, Mapping) else self.guidance
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class PassPlan:
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The decided run; `str(plan)` is the table that `inlay plan` prints.
-    words[name]: (branch, word) to be found in its prompt."""
+    words[name]: (branch, word, the YAML path that says it), to be found in its prompt."""
 
     request: Request
     backbone: str
@@ -80,7 +86,7 @@ class Plan:
     probes: tuple[Probe, ...]
     grads: tuple[DeclaredGrad, ...]
     on_request: dict[str, int]
-    words: dict[str, tuple[str, str | tuple[int, ...]]]
+    words: dict[str, Word]
     publishes: dict[str, str]
     events: dict[str, tuple[str, ...]]
     memory: dict[str, int]
@@ -162,9 +168,12 @@ class Needs:
         self._draft.merge("branch", (pass_, lane, role), {"cond": cond}, self.owner)
         self._draft.called.setdefault((pass_, lane, role), set()).update(self.active(active))
 
-    def word(self, name: str, branch: str, word: str | tuple[int, ...]) -> None:
-        """Text tokens to be found in the prompt of `branch`: run.words[name]."""
-        self._draft.words[name] = (branch, word)
+    def word(
+        self, name: str, branch: str, word: str | tuple[int, ...], where: str = ""
+    ) -> None:  # fmt: skip
+        """Text tokens to be found in the prompt of `branch`: run.words[name]. where: the option
+        that holds the word, for errors."""
+        self._draft.words[name] = (branch, word, f"plugins.{self.owner}.{where}".rstrip("."))
 
     def edit(
         self, op: Op, lane: str, sites: frozenset[str], active: Active = None, **fields: Any
@@ -178,12 +187,13 @@ class Needs:
     def probe(
         self, name: str, branch: str, word: str | tuple[int, ...], sites: frozenset[str],
         active: Active = None, read: Literal["columns", "rows", "mass"] = "columns",
+        where: str = "",
     ) -> None:  # fmt: skip
-        """Attention between `branch`'s picture and `word` of its prompt (or these text tokens),
-        found in step.probes[name][site]."""
+        """Attention between `branch`'s picture and `word` of its prompt (or these text tokens; see
+        `word`), found in step.probes[name][site]."""
         probe = Probe(name, self.owner, branch, read, sites, self.active(active), word)
         self._draft.probes.append(probe)
-        self.word(name, branch, word)
+        self.word(name, branch, word, where)
 
     def grad(self, lane: str, active: Active = None, through: Through = "model") -> None:
         """A loss of `lane` will be said in `active`. through: the model, or x0 alone, which spares
@@ -214,7 +224,7 @@ class Draft:
     owners: dict[tuple[str, Any], list[str]] = field(default_factory=dict)
     alive: dict[tuple[str, str], set[int]] = field(default_factory=dict)
     called: dict[tuple[str, str, str], set[int]] = field(default_factory=dict)
-    words: dict[str, tuple[str, str | tuple[int, ...]]] = field(default_factory=dict)
+    words: dict[str, Word] = field(default_factory=dict)
     edits: list[DeclaredEdit] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     grads: list[DeclaredGrad] = field(default_factory=list)
@@ -287,7 +297,7 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         wanted = draft.alive.get((name, lane), () if declared.get("follows") else every)
         alive[lane] = frozenset(wanted)
     for e in draft.edits:  # a lane lives while others attend to it
-        source = "" if ":" in e.from_ else lane_of(e.from_)  # "kind:name": given tensors
+        source = "" if ":" in e.from_ else lane_of(e.from_)  # "kind:name": on the board
         if e.pass_ == name and source and source not in fields:
             problem = f"{e.plugin} attends to lane {source!r}, which nobody declares"
             fix = "Add a plugin that provides it, such as source_trajectory, above."
@@ -299,10 +309,12 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         steps, given = alive[lane] if request.skip_dead_rows else every, fields[lane]
         if steps and not given.get("follows"):  # solved by itself: it cannot skip
             steps = frozenset(range(min(steps), request.steps))
-        scale = request.guidance
-        scale = scale.get(lane, 3.5) if isinstance(scale, Mapping) else scale
-        values: dict[str, Any] = {"prompt": "edit", "n": 1, "seed": request.seed, "guidance": scale}
-        values |= {"true_cfg": request.true_cfg, "steps": tuple(sorted(steps))}
+        values: dict[str, Any] = {"prompt": "edit", "n": 1, "seed": request.seed}
+        values |= {
+            "guidance": request.scale(lane),
+            "true_cfg": request.true_cfg,
+            "steps": tuple(sorted(steps)),
+        }
         values |= {key: value for key, value in given.items() if value is not None}
         owners = tuple(dict.fromkeys(draft.owners["lane", (name, lane)]))
         lanes.append(ln := Lane(name=lane, owners=owners, **values))
@@ -320,15 +332,6 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         branches += [Branch(f"{lane}/{r}", lane, r, c, ln.n, here, kept) for r, c, here in roles]
     solver = draft.fields.get(("pass", name), {})
     return PassPlan(name, tuple(lanes), tuple(branches), backbone.groups(branches), **solver)
-
-
-def by_place(edits: Iterable[DeclaredEdit]) -> dict[tuple[str, str, int], set[Key]]:
-    """(pass, site, step) -> what is declared there."""
-    table: dict[tuple[str, str, int], set[Key]] = {}
-    for e in edits:
-        for place in product((e.pass_,), e.sites, e.steps):
-            table.setdefault(place, set()).add(e.key)
-    return table
 
 
 def clip(declared: Any, rows: tuple[str, str], alive: dict[tuple[str, str], frozenset[int]]) -> Any:

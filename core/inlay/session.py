@@ -36,9 +36,8 @@ EVENTS = [name for name in vars(hookspecs) if name.startswith("inlay_")]
 
 class Run:
     """One run as plugins see it. conds: by branch; words[probe]: text tokens; lengths: of prompts
-    with padding to be hidden; x_T[pass, lane]:
-    unit-variance initial noise; finals[pass][lane]: last latents of the passes so far;
-    unguided[lane]: the latest x0 of a lane with losses, before they moved it."""
+    with padding to be hidden; x_T[pass, lane]: unit-variance initial noise; finals[pass][lane]:
+    last latents so far; unguided[lane]: the latest x0 of a lane with losses, before their move."""
 
     def __init__(self, session: Session, plan: Plan, callback: Callback | None, **given: Any):
         self.plan, self.callback, self.hook = plan, callback, session.manager.hook
@@ -170,6 +169,7 @@ class Session:
             resolve=tuple(asked.resolve),
             gradient=asked.gradient,
             levels=lambda: levels.of_run(self.scheduler, self.backbone, asked.steps, size),
+            guided=lambda lane: self.backbone.cfg_scale(request.scale(lane), asked.true_cfg) > 1,
             replays=bool(self.store and self.store.facts),
             **{k: getattr(asked, k) for k in ("steps", "n", "seed", "guidance", "true_cfg")},
         )
@@ -238,10 +238,9 @@ class Session:
             run.tape.store.close()
         result = self._finish(run)
         run.timings["total"] = time.perf_counter() - started
-        place = {"device": str(run.device), "dtype": asked.dtype, "seed": seed}
-        place |= {"folder": self.folder, "threads": torch.get_num_threads()}
+        place = {"device": str(run.device), "dtype": asked.dtype, "seed": seed, "plan": plan.digest}
+        place |= {"folder": self.folder, "threads": torch.get_num_threads(), "timings": run.timings}
         result.record |= {"experiment": config.to_dict(asked), "pictures": pictures, **place}
-        result.record |= {"plan": plan.digest, "timings": run.timings}
         if callback:
             callback({"kind": "done"})
         return result
@@ -257,8 +256,8 @@ class Session:
             cond = cond if isinstance(cond, Cond) else Cond(**cond)
             run.conds[branch.name] = cond.to(run.device, run.dtype)
         run.conds, run.lengths = text.even(run.conds)
-        for name, (place, word) in run.plan.words.items():
-            run.words[name] = text.find(run.conds[place], word)
+        for name, (place, word, where) in run.plan.words.items():
+            run.words[name] = text.find(run.conds[place], word, where)
 
     def prepare(self, run: Run, pictures: Mapping[str, Any]) -> None:
         """Put the pictures on the board and let plugins prepare."""

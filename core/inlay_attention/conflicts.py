@@ -68,6 +68,15 @@ class DeclaredEdit:
         return f"{self.op} {self.how}".strip()
 
 
+def by_place(edits: Iterable[DeclaredEdit]) -> dict[tuple[str, str, int], set[Key]]:
+    """(pass, site, step) -> what is declared there."""
+    found: dict[tuple[str, str, int], set[Key]] = {}
+    for e in edits:
+        for place in product((e.pass_,), e.sites, e.steps):
+            found.setdefault(place, set()).add(e.key)
+    return found
+
+
 def verdict(a: str, b: str) -> str:
     """ "composes", or when it does not and why: a cell of the table in docs/compose.md."""
     pair = frozenset((a, b))

@@ -149,8 +149,8 @@ class Call:
         for branch in plan.passes[-1].branches:
             known = branch.name in prompts.rows
             run.conds[branch.name] = prompts.cond(branch.name) if known else NO_PROMPT
-        for name, (place, word) in plan.words.items():
-            run.words[name] = self._find(place, word)
+        for name, asked in plan.words.items():
+            run.words[name] = self._find(*asked)
         run.board.update(images.on_board(guest.pictures, run.size, run.device))
         self._seam = Seam({name: backbone.modules[name] for name in plan.sites})
         if plan.sites:
@@ -197,7 +197,7 @@ class Call:
                 x.owner = owner
             run.hook_of("inlay_pre_step", owner)(run=run, step=self.step)
 
-    def _find(self, branch: str, word: str | tuple[int, ...]) -> tuple[int, ...]:
+    def _find(self, branch: str, word: str | tuple[int, ...], where: str) -> tuple[int, ...]:
         """Text tokens of a word in the prompt of a branch, the same for all of its rows."""
         if not isinstance(word, str):
             return word
@@ -211,7 +211,7 @@ class Call:
             problem = f"{word!r} is looked for in one prompt, and the call has several"
         if problem:
             raise InputError(problem, where="prompt", fix="Call the pipeline with one prompt.")
-        return text.find(self.prompts.cond(branch), word)
+        return text.find(self.prompts.cond(branch), word, where)
 
     def pictures(self, process: Callable[..., Any], image: Tensor, **how: Any) -> Any:
         """`postprocess` with `final` in it, in the form that the caller asked for."""

@@ -45,7 +45,7 @@ class AttentionMaps(Plugin):
             raise ConfigError(f"no site of scale {cfg.scale}", where=f"{where}.scale",
                               fix=f"This model has {known}.")  # fmt: skip
         for word in cfg.words:
-            need.probe(f"{need.owner}/{word}", "edit/text", word, names)
+            need.probe(f"{need.owner}/{word}", "edit/text", word, names, where="words")
             for name in (word, *(f"{word} at {step}" for step in cfg.steps)):
                 need.publish(f"map:{name}")
 

@@ -65,8 +65,10 @@ class LocalBlend(Plugin):
         self.sites = _sites(need, cfg.sites or (), f"{where}.sites")
         need.lane("source", prompt="source", n=need.request.n, active=range(self.steps.stop))
         for (branch, part), listed in self.words.items():
+            own = branch == "source/text" and _list(getattr(cfg, f"source_{part}"))
             for word in listed:
-                need.word(f"{need.owner}/{branch}/{part}/{word}", branch, word)
+                option = f"source_{part}" if own else part
+                need.word(f"{need.owner}/{branch}/{part}/{word}", branch, word, option)
         for branch in ("edit/text", "source/text"):
             name, seen = f"{need.owner}/{branch}", range(self.steps.stop)
             need.probe(name, branch, (0,), frozenset(self.sites), seen)  # found in prepare

@@ -45,6 +45,10 @@ class NullText(Plugin):
         if cfg.iterations < 1:
             raise ConfigError("less than one iteration", where=f"plugins.{need.owner}.iterations",
                               fix="Use 1 or more, or method: direct.")  # fmt: skip
+        if not request.guided("edit"):
+            problem = "there is no null prompt without classifier-free guidance"
+            fix = "Raise guidance above 1, or true_cfg for FLUX; some models know no such guidance."
+            raise ConfigError(problem, where=f"plugins.{need.owner}", fix=fix)
         need.consume("latent:source")
         need.publish("start:edit")
         need.pass_(need.owner, _inverter)
@@ -58,9 +62,6 @@ class NullText(Plugin):
 
     @hookimpl
     def inlay_prepare(self, run: Run) -> None:
-        if "edit/null" not in run.conds:
-            problem = "there is no null prompt without classifier-free guidance"
-            raise ConfigError(problem, where=f"plugins.{self.name}", fix="Raise guidance.")
         if self.cfg.method == "negative_prompt":
             run.conds["edit/null"] = run.conds["source/text"]
         (lane,) = (lane for lane in run.plan.passes[-1].lanes if lane.name == "edit")

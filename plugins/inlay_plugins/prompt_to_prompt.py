@@ -52,8 +52,9 @@ class PromptToPrompt(Plugin):
         self.default = _steps(by_word.pop("default", 1.0), total + 1, path)  # as published
         self.by_word = {w: _steps(window, total + 1, path) for w, window in by_word.items()}
         self.own = _steps(cfg.self_replace, total, f"{where}.self_replace")
-        for word in (*self.by_word, *cfg.weights):
-            need.word(f"{need.owner}/{word}", "edit/text", word)
+        for option, words in (("cross_replace", self.by_word), ("weights", cfg.weights)):
+            for word in words:
+                need.word(f"{need.owner}/{word}", "edit/text", word, option)
         need.lane("source", prompt="source", n=need.request.n)
         need.publish("columns:edit")
         every = {step for window in (self.default, *self.by_word.values()) for step in window}

@@ -42,7 +42,8 @@ class RegionalPrompts(Plugin):
             if keys not in ({"words", "box"}, {"words", "mask"}):
                 raise ConfigError(f"{region!r} is no region", where=path,
                                   fix="Give words, and a box or a mask.")  # fmt: skip
-            need.word(f"{need.owner}/{i}", "edit/text", str(region["words"]))
+            need.word(f"{need.owner}/{i}", "edit/text", str(region["words"]),
+                          f"regions[{i}].words")  # fmt: skip
             if "mask" in region:
                 need.consume(str(region["mask"]))
             elif not _is_box(region["box"]):

@@ -38,7 +38,7 @@ class Reweight(Plugin):
             sites = need.select(kind=["cross", "joint"])
             need.edit("scale", "edit/text", sites, window, queries="image", keys="text")
         for word in cfg.words:
-            need.word(f"{need.owner}/{word}", "edit/text", word)
+            need.word(f"{need.owner}/{word}", "edit/text", word, "words")
 
     @hookimpl
     def inlay_attention(self, run: Run, edits: AttnEdits) -> None:

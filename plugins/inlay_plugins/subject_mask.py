@@ -132,14 +132,14 @@ class SubjectMask(Plugin):
         self.columns = [f"{need.owner}/columns/{word}" for word in words]
         for name, word in zip(self.columns, words, strict=True):
             steps = recorded if cfg.mode == "fixed" else [self.last]
-            need.probe(name, "edit/text", word, names, steps)
+            need.probe(name, "edit/text", word, names, steps, where="subject")
         if cfg.mode == "reference":
             if any(site.kind != "joint" for site in self.sites.values()):
                 raise ConfigError("mode: reference reads rows of text queries, a U-Net has none",
                                   where=f"{where}.mode", fix="Use mode: fixed.")  # fmt: skip
             self.rows = [f"{need.owner}/rows/{word}" for word in words]
             for name, word in zip(self.rows, words, strict=True):
-                need.probe(name, "edit/text", word, names, recorded, read="rows")
+                need.probe(name, "edit/text", word, names, recorded, "rows", "subject")
         self.departs = "difference" in (cfg.localiser, cfg.map)
         if self.departs:
             need.consume("latent:source")

@@ -62,7 +62,7 @@ def planned(exp: Experiment) -> tuple[Session, Plan]:
     """A session on the bare skeleton of the model, and the plan it made; of a scene, for its first
     object."""
     exp = insertion.first(exp)
-    pipe = backbones.skeleton(registry.resolve_model(exp.model), exp.revision)
+    pipe = backbones.skeleton(registry.resolve_model(exp.model), exp.revision, exp.dtype)
     given = {kind: path for kind, path in vars(exp.input).items() if path}
     shape = images.open_image(given["image"]).size[::-1] if "image" in given else None
     session = _session(exp, pipe)

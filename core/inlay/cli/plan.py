@@ -24,7 +24,14 @@ def plan(
 
     session, decided = planned(loaded)
     if not sites:
-        typer.echo(json.dumps(plan_data(decided), indent=2) if as_json else str(decided))
+        from inlay.cli.words import find_words, words_data, words_table
+
+        words = find_words(decided, session.backbone)
+        if as_json:
+            data = plan_data(decided) | {"words": words_data(words)}
+            typer.echo(json.dumps(data, indent=2))
+        else:
+            typer.echo("\n".join(filter(None, (str(decided), words_table(words)))))
         return
     from inlay.cli.sites import site_costs, site_table
 
