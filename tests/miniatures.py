@@ -159,3 +159,59 @@ def affordance_set(root: Path, count: int = 2) -> Path:
         )
     (root / "items.json").write_text(json.dumps(items))
     return root
+
+
+def coco_exemplar(root: Path, count: int = 3) -> Path:
+    """Pictures of 64 by 64 with a box to fill; exemplars of another shape."""
+    for i in range(count):
+        name = f"{1000 + i:012d}"
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16:48, 8 + i : 40 + i] = 255
+        for folder, suffix, picture in (
+            ("GT_3500", "GT", scene(30 * i, (64, 64))),
+            ("Ref_3500", "ref", scene(200, (30, 20))),
+            ("Mask_bbox_3500", "mask", Image.fromarray(mask)),
+        ):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            picture.save(root / folder / f"{name}_{suffix}.png")
+    return root
+
+
+def mimicbrush_bench(root: Path) -> Path:
+    """One item in each of three sets; the reference's part is marked in one, a prompt in one."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:40, 16:48] = 255
+    for folder, name in (
+        ("PartComp-Within", "dog"),
+        ("PartComp-Cross", "shoe"),
+        ("Texture_Cross", "vase"),
+    ):
+        place = root / folder
+        place.mkdir(parents=True, exist_ok=True)
+        scene(0, (64, 64)).save(place / f"{name}_source.png")
+        scene(120, (96, 48)).save(place / f"{name}_reference.jpg")
+        Image.fromarray(mask).save(place / f"{name}_source_mask.png")
+    marked = np.zeros((48, 96), np.uint8)
+    marked[10:30, 40:80] = 255
+    Image.fromarray(marked).save(root / "PartComp-Cross" / "shoe_reference_mask.png")
+    (root / "PartComp-Cross" / "prompts.json").write_text(json.dumps({"shoe": "a red shoe"}))
+    return root
+
+
+def ip2p(root: Path, count: int = 40) -> Path:
+    """Forty folders of two pairs each; the last two are the test split."""
+    listed = []
+    for i in range(count):
+        name, seeds = f"shard-00/{i:07d}", [str(100 + i), str(200 + i)]
+        listed.append([name, seeds])
+        (root / name).mkdir(parents=True)
+        said = {"edit": "make it red", "output": f"a red house {i}"}
+        said["input" if i % 2 else "caption"] = f"a house {i}"
+        (root / name / "prompt.json").write_text(json.dumps(said))
+        if i >= count - 2:
+            for seed in seeds:
+                for k in (0, 1):
+                    shade = min(int(seed) // 2 + 60 * k, 255)
+                    scene(shade, (64, 64)).save(root / name / f"{seed}_{k}.jpg")
+    (root / "seeds.json").write_text(json.dumps(listed))
+    return root

@@ -25,6 +25,9 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "magicbrush": miniatures.magicbrush,
     "pie-bench": miniatures.pie_bench,
     "affordance-set": miniatures.affordance_set,
+    "coco-exemplar": miniatures.coco_exemplar,
+    "mimicbrush-bench": miniatures.mimicbrush_bench,
+    "ip2p-tradeoff": miniatures.ip2p,
 }
 
 

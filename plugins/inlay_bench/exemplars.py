@@ -91,6 +91,28 @@ def region_clip(e: Evidence) -> Numbers:
 
 
 @measure(
+    "region-clip-published",
+    REGION,
+    Column("region_clip_published", "CLIP score, as published", "likewise, the region without its "
+           "last row and column, the exemplar squashed by Pillow", digits=2),
+    networks=("judge",),
+)  # fmt: skip
+def region_clip_published(e: Evidence) -> Numbers:
+    from PIL import Image
+
+    judge = e.networks["judge"]
+    size = (judge.side, judge.side)
+    exemplar = e.item.given["exemplar"].convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    try:
+        score = region.region_score(
+            judge, e.picture, region_of(e), to_tensor(exemplar), "reference"
+        )
+    except ValueError:  # the published crop of this mask is empty
+        return {"region_clip_published": None}
+    return {"region_clip_published": score}
+
+
+@measure(
     "copied",
     REGION,
     Column("copied", "copied", "highest correlation of the exemplar, background and all, at any "

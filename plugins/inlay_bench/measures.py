@@ -359,6 +359,7 @@ def detector() -> Any:
 
 NETWORKS: dict[str, Callable[..., Any]] = {
     "detector": detector,
+    "inception": lambda: networks.inception(),
     "judge": networks.judge,
     "lpips": networks.lpips,
 }

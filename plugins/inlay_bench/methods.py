@@ -34,11 +34,12 @@ class Method(ABC):
     """Something that edits pictures.
 
     name: of its row, its records and its pictures. identity: everything its pictures depend on, as
-    JSON holds it.
+    JSON holds it. series: what it is one setting of, where a task sweeps over settings.
     """
 
     name: str
     identity: dict[str, Any]
+    series: str = ""
 
     def load(self) -> None:  # noqa: B027  most need nothing
         """Load what it needs. Raises ModelError, and then no item is tried."""
@@ -144,10 +145,15 @@ class Edit(Method):
     """
 
     def __init__(
-        self, path: str, task: Task, overrides: Sequence[str], pipelines: Pipelines
+        self,
+        path: str,
+        task: Task,
+        overrides: Sequence[str],
+        pipelines: Pipelines,
+        weights: dict[str, str] | None = None,
     ) -> None:
         self.path, self.task, self.overrides = path, task, tuple(overrides)
-        self.name = Path(path).stem if path.endswith((".yaml", ".yml")) else path.replace("/", "-")
+        self.name = name_of(path)
         self.pipelines = pipelines
         self.exp = config.load(path, self.overrides)
         self._session: tuple[Any, Any] = (None, None)
@@ -155,16 +161,22 @@ class Edit(Method):
         resolved = config.to_dict(self.exp)
         for mine in ("input", "out", "seed", "n"):  # an item's, or no matter
             del resolved[mine]
-        for key in task.run:
+        self.run = dict(task.run)
+        for plugin in self.exp.plugins:
+            self.run |= task.run_with.get(plugin, {})
+        for key in self.run:
             inner, _, last = key.rpartition(".")
             del (resolved[inner] if inner else resolved)[last]
-        self.identity = {"method": resolved, "plugins": _owners(self.exp), **weights_of(self.exp)}
+        self.weights = weights_of(self.exp) if weights is None else weights
+        self.identity = {"method": resolved, "plugins": _owners(self.exp), **self.weights}
+        if self.run != task.run:
+            self.identity["run"] = self.run
 
     def load(self) -> None:
         self.pipelines(self.exp)
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
-        words = [f"{key}={item.texts[text]}" for key, text in self.task.run.items()]
+        words = [f"{key}={item.texts[text]}" for key, text in self.run.items()]
         exp = config.load(self.path, [*self.overrides, *words])
         for plugin, option in self.task.seeds.items():
             if plugin in exp.plugins:
@@ -199,7 +211,7 @@ class Edit(Method):
         options, session = self._session
         if session is None or options != exp.plugins:
             pipe = self.pipelines(exp)
-            given = {"resolve": exp.resolve, "compile": exp.compile}
+            given = {"resolve": exp.resolve, "compile": exp.compile, "gradient": exp.gradient}
             session = Session(pipe, exp.plugins, exp.scheduler, **given)
             self._session = (exp.plugins, session)
         return session
@@ -219,15 +231,39 @@ def build(names: Sequence[str], task: Task, overrides: Sequence[str] = ()) -> li
         "elsewhere": lambda: Twin(elsewhere=True),
         **{name: partial(Paste, name) for name in PASTES},
     }
+
+    def edits(name: str) -> list[Method]:
+        """An experiment, or one row per value that the task sweeps over."""
+        whole = Edit(name, task, overrides, pipelines)
+        rows: list[Method] = []
+        for value, word in _sweep(whole, task):
+            row = Edit(name, task, [*overrides, word], pipelines, whole.weights)
+            row.name, row.series = f"{row.name}-{value:g}", row.name
+            rows.append(row)
+        return rows or [whole]
+
     made: dict[str, Method] = {}
     sanity = SANITY if shipped.model else ("copy",)
     for name in [*names, *(row for row in sanity if row not in names)]:
-        method = known[name]() if name in known else Edit(name, task, overrides, pipelines)
-        if method.name in made or method.name == "input":
-            fix = "Give every experiment a file name of its own, other than `input`."
-            raise ConfigError(f"the name '{method.name}' is taken", where="methods", fix=fix)
-        made[method.name] = method
+        for method in [known[name]()] if name in known else edits(name):
+            if method.name in made or method.name == "input":
+                fix = "Give every experiment a file name of its own, other than `input`."
+                raise ConfigError(f"the name '{method.name}' is taken", where="methods", fix=fix)
+            made[method.name] = method
     return list(made.values())
+
+
+def name_of(path: str) -> str:
+    """The name of an experiment's row: of the file, or the experiment's own."""
+    return Path(path).stem if path.endswith((".yaml", ".yml")) else path.replace("/", "-")
+
+
+def _sweep(edit: Edit, task: Task) -> list[tuple[float, str]]:
+    """Values and overrides of the setting that a task sweeps over in an experiment, if any."""
+    for setting, values in task.sweep.items():
+        if setting.split(".")[1] in edit.exp.plugins:
+            return [(value, f"{setting}={value}") for value in values]
+    return []
 
 
 def drawer(task: Task, overrides: Sequence[str] = ()) -> Edit | None:

@@ -109,9 +109,13 @@ class ClipEncoder:
         return cls(model.to(device), tokenizer, processor, name or str(where), digest_of(model))
 
     def images(self, x: Tensor) -> Tensor:
+        return F.normalize(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pictures `b 3 h w` in 0..1 as vectors `b d` of any length."""
         seen = (self.prepare(x) - self.mean) / self.deviation
         pooled = self.model.vision_model(pixel_values=seen).pooler_output
-        return F.normalize(self.model.visual_projection(pooled))
+        return self.model.visual_projection(pooled)
 
     def texts(self, sentences: list[str]) -> Tensor:
         tokens = self.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")

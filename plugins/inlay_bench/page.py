@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from html import escape
+from math import isnan
 from typing import TYPE_CHECKING
 
+from inlay_bench import curve
 from inlay_bench.intervals import Interval
 from inlay_bench.measures import Column
 from inlay_bench.methods import SANITY
@@ -75,6 +77,8 @@ def _page(summary: Summary) -> Iterator[str]:
     yield f"<h1>{title}</h1>"
     counted = f"{len(done.items)} items, seed {done.seed}"
     yield f'<p>{escape(_sentence(done.task.summary))} <span class="soft">{counted}</span></p>'
+    if done.series and done.task.curve:
+        yield from curve.draw(summary)
     for name, columns in summary.groups.items():
         yield f"<h2>{escape(name)}</h2>"
         yield from _table(summary, columns)
@@ -121,12 +125,15 @@ def _cell(summary: Summary, row: Row, column: Column) -> str:
     value = row.values[column.key]
     if not value.n:
         return "<td>–</td>"
-    low, high = _range(summary, column)
     digits = column.digits
+    gap = row.differences.get(column.key)
+    if isnan(value.low):  # of all pictures together
+        shown = f"<small>{gap.mean:+.{digits}f}</small>" if gap and gap.n else ""
+        return f"<td><b>{value.mean:.{digits}f}</b>{shown}</td>"
+    low, high = _range(summary, column)
     some = f" of {value.n}" if value.n < len(summary.evaluation.items) else ""
     text = f"<b>{value.mean:.{digits}f}</b>{_bar(value, low, high)}"
     text += f"<small>{value.low:.{digits}f} – {value.high:.{digits}f}{some}</small>"
-    gap = row.differences.get(column.key)
     if gap and gap.n:
         shown = f"{gap.mean:+.{digits}f}"
         shown = f"<b>{shown}</b>" if gap.low > 0 or gap.high < 0 else shown

@@ -19,7 +19,7 @@ def toybox_insertion(seed: int) -> Iterator[Item]:
     """Unseen scenes without their last object, and what is known of it."""
     import numpy as np
 
-    from inlay_toybox import quality, world
+    from inlay_toybox import edits, quality, world
     from inlay_toybox.classes import BY_NAME
 
     for i, item in enumerate(quality.insertion_items(ENDLESS, seed)):
@@ -30,6 +30,7 @@ def toybox_insertion(seed: int) -> Iterator[Item]:
                 "source": item.source_caption,
                 "target": item.target_caption,
                 "subject": item.subject,
+                "instruction": edits.addition(item.target, len(item.target.things) - 1).instruction,
             },
             seed=i,
             truth={
@@ -111,3 +112,42 @@ def _exemplar(i: int, item: ExemplarItem) -> Item:
             "exemplar": item.exemplar,
         },
     )
+
+
+@provider("toybox-instructions")
+def toybox_instructions(seed: int, kinds: Sequence[str] = ()) -> Iterator[Item]:
+    """Unseen scenes, an instruction, and the scene after it. kinds: of `inlay_toybox.edits`, the
+    mixture of training by default. Raises InputError for another."""
+    import numpy as np
+    from PIL import Image
+
+    from inlay_toybox import edits, world
+    from inlay_toybox.quality.shares import INSTRUCTIONS, STRIDE
+    from inlay_toybox.training import UNSEEN
+
+    if unknown := set(kinds) - set(edits.KINDS):
+        fix = f"Name some of {', '.join(edits.KINDS)}."
+        raise InputError(f"no such kinds: {unknown}", where="data.options.kinds", fix=fix)
+    for i in range(ENDLESS):
+        first = UNSEEN + INSTRUCTIONS + seed * STRIDE
+        edit = edits.draw(first + i, tuple(kinds) or edits.MIXTURE, held_out=True)
+        before, after = (world.render(scene).image for scene in (edit.before, edit.after))
+        old, new = ([(t.name, t.colour) for t in s.things] for s in (edit.before, edit.after))
+        added = [thing for thing in new if thing not in old]
+        yield Item(
+            id=f"{i:04d}",
+            picture=Image.fromarray(before),
+            texts={
+                "source": edit.before.caption,
+                "target": edit.after.caption,
+                "instruction": edit.instruction,
+                "subject": added[0][0] if added else "",
+            },
+            seed=i,
+            truth={"target": np.array(after), "footprint": (before != after).any(-1)},
+            facts={
+                "kind": edit.kind,
+                "added": added,
+                "removed": [name for name, _ in old if name not in [n for n, _ in new]],
+            },
+        )

@@ -16,6 +16,7 @@ from inlay_bench.intervals import Interval, Values
 from inlay_bench.measures import Column
 from inlay_bench.records import on_disk
 from inlay_bench.runner import Evaluation
+from inlay_bench.sets import GROUP, SETS
 from inlay_config.images import whole
 
 
@@ -55,19 +56,28 @@ def summarise(evaluation: Evaluation, baseline: str | None = None) -> Summary:
     groups: dict[str, list[Column]] = {}
     for measure in evaluation.measures.values():
         groups.setdefault(measure.group, []).extend(measure.columns)
+    per_set = [SETS[n].column for n in evaluation.task.sets if n not in evaluation.absent]
     columns = [column for group in groups.values() for column in group]
     drawn = intervals.draws(len(evaluation.items))
     tables = {m: {c.key: column_of(evaluation, m, c.key) for c in columns}
               for m in evaluation.methods}  # fmt: skip
+    if per_set:
+        groups[GROUP] = per_set
     rows = []
     for method, table in tables.items():
         records = [evaluation.records[method][item.id] for item in evaluation.items]
         done = [r for r in records if r["state"] == "done"]
         paired = {k: intervals.difference(v, tables[reference][k], drawn) for k, v in table.items()}
+        values = {k: intervals.interval(v, drawn) for k, v in table.items()}
+        for column in per_set:
+            mine, theirs = (evaluation.sets[m][column.key] for m in (method, reference))
+            values[column.key] = _alone(mine, len(done))
+            gap = None if mine is None or theirs is None else mine - theirs
+            paired[column.key] = _alone(gap, len(done))
         rows.append(
             Row(
                 method=method,
-                values={k: intervals.interval(v, drawn) for k, v in table.items()},
+                values=values,
                 differences=paired if method != reference else {},
                 seconds=sum(r["seconds"] for r in done) / len(done) if done else math.nan,
                 done=len(done),
@@ -76,6 +86,13 @@ def summarise(evaluation: Evaluation, baseline: str | None = None) -> Summary:
         )
     known = [i.facts["chance"] for i in evaluation.items if "chance" in i.facts]
     return Summary(evaluation, reference, groups, rows, float(np.mean(known)) if known else None)
+
+
+def _alone(value: float | None, n: int) -> Interval:
+    """A number of n pictures together: it has no interval."""
+    return Interval(
+        math.nan if value is None else value, math.nan, math.nan, 0 if value is None else n
+    )
 
 
 def column_of(evaluation: Evaluation, method: str, key: str) -> Values:
@@ -194,6 +211,8 @@ def shown(value: Interval, column: Column, sign: bool = False) -> str:
     """`0.942 [0.906, 0.972]`."""
     if not value.n:
         return "–"
+    if math.isnan(value.low):
+        return f"{value.mean:{'+' if sign else ''}.{column.digits}f}"
     mean, low, high = (
         f"{x:{'+' if sign else ''}.{column.digits}f}" for x in (value.mean, value.low, value.high)
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from inlay_bench import measures
-from inlay_bench.measures import MEASURES, Measure
+from inlay_bench import sets as set_measures
+from inlay_bench.measures import MEASURES, Measure, Numbers
 from inlay_bench.methods import Method
 from inlay_bench.pictures import Sources, Stamp, digest, fingerprint, kept, path_of, store
 from inlay_bench.records import DiskError, Record, Records, locked, on_disk, set_aside
@@ -27,7 +28,8 @@ Callback = Callable[[str, int, int, str], None]
 @dataclass
 class Evaluation:
     """What was measured. records[method][item]: the last record. measures, absent: those taken, and
-    why others were left out. networks: name -> {name, digest}. identities: by method."""
+    why others were left out. networks: name -> {name, digest}. identities: by method. sets[method]:
+    numbers of all its pictures together. series: of methods that are one setting of something."""
 
     task: Task
     items: list[Item]
@@ -39,6 +41,8 @@ class Evaluation:
     seed: int
     folder: Path
     identities: dict[str, dict[str, Any]]
+    sets: dict[str, Numbers] = field(default_factory=dict)
+    series: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -84,6 +88,8 @@ def evaluate(
                 book.append(attempt(method, item, sources, path, made_by, chosen, networks))
             if callback:
                 callback(method.name, len(items), len(items), "")
+        names = [m.name for m in methods]
+        of_sets = set_measures.measure(task, items, names, out, networks, absent, callback)
     return Evaluation(
         task=task,
         items=items,
@@ -95,6 +101,8 @@ def evaluate(
         seed=seed,
         folder=out,
         identities=identities,
+        sets=of_sets,
+        series={m.name: m.series for m in methods if m.series},
     )
 
 
@@ -149,14 +157,16 @@ def load_networks(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     """The networks behind a task's measures by name, and the measures that must do without, with
     the reason."""
     found, missing = dict[str, Any](), dict[str, str]()
-    for name in dict.fromkeys(net for m in task.measures for net in MEASURES[m].networks):
+    chosen = {m: MEASURES[m].networks for m in task.measures}
+    chosen |= {m: set_measures.SETS[m].networks for m in task.sets}
+    for name in dict.fromkeys(net for networks in chosen.values() for net in networks):
         try:
             given = [task.networks[name]] if name in task.networks else []
             found[name] = measures.NETWORKS[name](*given)
         except ModelError as error:
             missing[name] = str(error).replace(str(Path.home()), "~")
     absent = {
-        m: missing[net] for m in task.measures for net in MEASURES[m].networks if net in missing
+        m: missing[net] for m, networks in chosen.items() for net in networks if net in missing
     }
     return found, absent
 

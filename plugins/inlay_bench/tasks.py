@@ -79,11 +79,18 @@ class Task:
 
     summary: one line. data: see there. inputs: "given" (an item has a picture) or "drawn" (the
     task's model draws it from the source text and the item's seed). model: draws such inputs and
-    makes the round trip of the row `vae`; "" leaves that row out. run: setting of a run -> name of
-    an item's text. seeds: plugin -> its option that is the item's seed, where a method lists that
-    plugin. networks: which one stands for a name that measures look through, by folder or hub name.
-    measures: by name, in the order of the report. n: items when `--n` is not given. notes:
-    what the report says beside the numbers.
+    makes the round trip of the row `vae`; "" leaves that row out.
+
+    run: setting of a run -> name of an item's text. run_with: plugin -> the same, over `run`, in
+    methods that list that plugin. given: an item's further picture -> where it goes: `mask`, or
+    `PLUGIN.OPTION` where a method lists that plugin. seeds: plugin -> its option that is the item's
+    seed, likewise. sweep: setting -> its values: a method that lists its plugin becomes one row per
+    value. curve: two columns, across and up, in which such rows are a curve.
+
+    networks: which one stands for a name that measures look through, by folder or hub name.
+    measures: by name, in the order of the report. sets: measures of all pictures together. real:
+    folder of the pictures that sets are compared with; "" takes the items' true ones. n: items when
+    `--n` is not given. notes: what the report says beside the numbers.
     """
 
     summary: str = "???"
@@ -91,10 +98,15 @@ class Task:
     inputs: str = "given"
     model: str = "toybox/flux"
     run: dict[str, str] = field(default_factory=dict)
+    run_with: dict[str, dict[str, str]] = field(default_factory=dict)
+    sweep: dict[str, list[float]] = field(default_factory=dict)
+    curve: list[str] = field(default_factory=list)
     given: dict[str, list[str]] = field(default_factory=dict)
     seeds: dict[str, str] = field(default_factory=dict)
     networks: dict[str, str] = field(default_factory=dict)
     measures: list[str] = field(default_factory=list)
+    sets: list[str] = field(default_factory=list)
+    real: str = ""
     n: int = 100
     notes: list[str] = field(default_factory=list)
     name: str = ""
@@ -158,11 +170,15 @@ def load(name: str) -> Task:
 def adapt(task: Task, data: Sequence[str] = (), networks: Sequence[str] = ()) -> None:
     """Put what the command line says into a task.
 
-    data: where its files are, or `option=value` of its provider. networks: `name=where`. Raises
-    ConfigError for a network without a place, and for what the task does not know.
+    data: where its files are, or `option=value` of its provider, or `real=FOLDER` of the task.
+    networks: `name=where`. Raises ConfigError for a network without a place, and for what the task
+    does not know.
     """
     for word in data:
         option, equals, value = word.partition("=")
+        if equals and option == "real":
+            task.real = value
+            continue
         named = equals and option.isidentifier()
         try:
             task.data.options |= {option: yaml.safe_load(value)} if named else {"data": word}
@@ -180,14 +196,17 @@ def adapt(task: Task, data: Sequence[str] = (), networks: Sequence[str] = ()) ->
 
 def _check(task: Task, where: str) -> None:
     from inlay_bench.measures import MEASURES, NETWORKS
+    from inlay_bench.sets import SETS
 
     register_all()
+    settings = [*task.run, *(key for over in task.run_with.values() for key in over)]
     known: tuple[tuple[str, list[str], Any], ...] = (
         ("data.provider", [task.data.provider], PROVIDERS),
         ("inputs", [task.inputs], ("given", "drawn")),
-        ("run", list(task.run), SETTINGS),
+        ("run", settings, SETTINGS),
         ("networks", list(task.networks), NETWORKS),
         ("measures", task.measures, MEASURES),
+        ("sets", task.sets, SETS),
     )
     for key, given, allowed in known:
         for name in given:
@@ -203,7 +222,7 @@ def _check(task: Task, where: str) -> None:
 def register_all() -> None:
     """Import what registers providers and measures: ours, and the modules that other packages name
     in the entry point group `inlay.bench`. Raises PluginError for one that cannot be imported."""
-    for ours in ("providers", "exemplars", "benchmarks"):
+    for ours in ("providers", "exemplars", "instructions", "benchmarks"):
         importlib.import_module(f"inlay_bench.{ours}")
     for point in sorted(entry_points(group="inlay.bench")):
         try:

@@ -3,10 +3,24 @@ behind those. Importing registers them."""
 
 from inlay_bench.benchmarks import (
     affordance_set,
+    coco_exemplar,
     emu_edit,
+    imitations,
+    ip2p_tradeoff,
     magicbrush,
     measures,
+    mimicbrush_bench,
     pie_bench,
 )
 
-__all__ = ["affordance_set", "emu_edit", "magicbrush", "measures", "pie_bench"]
+__all__ = [
+    "affordance_set",
+    "coco_exemplar",
+    "emu_edit",
+    "imitations",
+    "ip2p_tradeoff",
+    "magicbrush",
+    "measures",
+    "mimicbrush_bench",
+    "pie_bench",
+]
