@@ -29,7 +29,7 @@ def write(
     folder: Path,
     rank: int,
     sources: Mapping[str, str] | None = None,
-    only: frozenset[str] = frozenset(),
+    inherit: tuple[str, ...] = ("tokenizer", "scheduler", "vae"),
 ) -> int:
     """Write what ``tuned`` has beyond ``base``, both in stock layouts.
 
@@ -40,14 +40,13 @@ def write(
         rank: of the factors. What was trained with at most this rank loses nothing but bits.
         sources: weights of ``tuned`` ("reference/unet/x.safetensors") -> those of ``base`` with
             which they are compared ("unet/x.safetensors"), where the names differ.
-        only: files of ``tuned`` that are kept, all others left out; empty for all.
+        inherit: folders whose files are the base's, where it has them.
 
     Returns:
         Bytes written.
     """
     sources = dict(sources or {})
     files = sorted(str(p.relative_to(tuned)) for p in tuned.rglob("*") if p.is_file())
-    files = [file for file in files if not only or file in only]
     folder.mkdir(parents=True, exist_ok=True)
     streams, weights = Streams(), dict[str, dict[str, tuple[list[int], int | None]]]()
     for file in files:
@@ -61,6 +60,8 @@ def write(
                 )
                 for name, value in new.items()
             }
+        elif known.is_file() and Path(file).parts[0] in inherit:
+            continue
         elif not known.is_file() or _content(known) != _content(tuned / file):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(_content(tuned / file))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -143,6 +143,7 @@ class _Run:
 
     def _report(self, step: int, loss: float) -> None:
         self.accelerator.log({"loss": loss}, step=step)
+        self.broken = set(gather_object(sorted(self.broken)))
         if not self.accelerator.is_main_process:
             return
         skipped = f", {len(self.broken)} broken pictures skipped" if self.broken else ""
