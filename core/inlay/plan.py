@@ -168,9 +168,7 @@ class Needs:
         self._draft.merge("branch", (pass_, lane, role), {"cond": cond}, self.owner)
         self._draft.called.setdefault((pass_, lane, role), set()).update(self.active(active))
 
-    def word(
-        self, name: str, branch: str, word: str | tuple[int, ...], where: str = ""
-    ) -> None:  # fmt: skip
+    def word(self, name: str, branch: str, word: str | tuple[int, ...], where: str = "") -> None:
         """Text tokens to be found in the prompt of `branch`: run.words[name]. where: the option
         that holds the word, for errors."""
         self._draft.words[name] = (branch, word, f"plugins.{self.owner}.{where}".rstrip("."))
@@ -309,12 +307,9 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         steps, given = alive[lane] if request.skip_dead_rows else every, fields[lane]
         if steps and not given.get("follows"):  # solved by itself: it cannot skip
             steps = frozenset(range(min(steps), request.steps))
-        values: dict[str, Any] = {"prompt": "edit", "n": 1, "seed": request.seed}
-        values |= {
-            "guidance": request.scale(lane),
-            "true_cfg": request.true_cfg,
-            "steps": tuple(sorted(steps)),
-        }
+        values: dict[str, Any] = {"prompt": "edit", "n": 1, "steps": tuple(sorted(steps))}
+        values |= {"seed": request.seed, "guidance": request.scale(lane)}
+        values["true_cfg"] = request.true_cfg
         values |= {key: value for key, value in given.items() if value is not None}
         owners = tuple(dict.fromkeys(draft.owners["lane", (name, lane)]))
         lanes.append(ln := Lane(name=lane, owners=owners, **values))
