@@ -262,6 +262,29 @@ def exemplar(made, without):
         torch.testing.assert_close(step.output["edit"], null + 5 * (text - null))
 
 
+def imitation(made, without):
+    run = made.record.run
+    null, text = (run.conds[f"edit/{role}"].embeds for role in ("null", "text"))
+    assert torch.equal(null, run.backbone.encode_text("").embeds)
+    assert text.shape == null.shape and not torch.equal(text, null)
+    assert {site.split("_")[0] for site in run.plan.sites} == {"mid", "up"}
+    for call in made.record.calls:
+        rows, given = call.program.rows["edit/text"], call.program.given["kv:exemplar"]
+        q, k, v = (part[rows] for part in call.args[:3])
+        keys, values = torch.cat([k, given.k], 2), torch.cat([v, given.v / 0.5], 2)
+        joint, own = (F.scaled_dot_product_attention(q, *kv) for kv in ((keys, values), (k, v)))
+        answer = call.answer(call.args[2])[rows]
+        torch.testing.assert_close(answer, (joint + own) / 2, rtol=1e-4, atol=1e-5)
+
+
+def latent_optimisation(made, without):
+    run = made.record.run
+    mask = masks.resize(made.board["mask:user"], run.backbone.grid(run.size))
+    moved = (made.result.latents["edit"] - made.board["latent:source"]).abs()
+    assert (moved * (run.backbone.from_grid(mask) == 0)).max() == 0 < moved.max()
+    assert not made.record.steps
+
+
 def attention_injection(made, without):
     """The edit's own queries and keys of the picture may be anything."""
     generator = torch.Generator().manual_seed(0)
@@ -488,5 +511,17 @@ CASES = {
         "the scale between them",
         exemplar,
         model="paint-by-example",
+    ),
+    "latent_optimisation": Case(
+        "the denoiser draws nothing of the edit, and latents outside the mask are the source's, "
+        "bit for bit",
+        latent_optimisation,
+        model="losses in a denoiser's place",
+    ),
+    "imitation": Case(
+        "the null prompt is CLIP's view of nothing; in the middle and on the way up the other row "
+        "answers half by its own map, half by one over the exemplar's tokens too",
+        imitation,
+        model="mimicbrush",
     ),
 }

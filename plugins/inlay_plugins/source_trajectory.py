@@ -124,7 +124,7 @@ class SourceTrajectory(Plugin):
 
     @hookimpl
     def inlay_final(self, run: Run, result: Result) -> None:
-        if result.images and "source" not in result.images:
+        if run.backbone.decodes and "source" not in result.images:
             picture = run.board.get("image:source")
             if picture is None:
                 picture = run.backbone.decode(run.board["latent:source"], run.size)
