@@ -18,6 +18,8 @@ RECIPES = {
     "instruct_pix2pix": "inlay_train.instruct_pix2pix:InstructPix2Pix",
     "magicbrush": "inlay_train.magicbrush:MagicBrush",
     "erasedraw": "inlay_train.erasedraw:EraseDraw",
+    "paint_by_example": "inlay_train.paint_by_example:PaintByExample",
+    "mimicbrush": "inlay_train.mimicbrush:MimicBrush",
 }
 
 
