@@ -67,6 +67,15 @@ def save_instruct(folder: Path) -> Path:
     return folder
 
 
+def save_stable_diffusion(folder: Path) -> Path:
+    """The layout of Stable Diffusion."""
+    pipe = models.stable_diffusion()
+    torch.manual_seed(1)
+    pipe.register_modules(**_clip())
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def save_paint_by_example(folder: Path) -> Path:
     """The layout of Fantasy-Studio/Paint-by-Example: the names of its day."""
     pipe = models.paint_by_example()

@@ -194,7 +194,7 @@ def encode(
             pictures += drawn or [torch.zeros(3, data.size, data.size)] * 2 * len(flips)
         stacks.append(encoder(torch.stack(pictures)).half().cpu())
     latents = torch.cat(stacks)
-    latents = latents.view(len(data), len(flips), 2, *latents.shape[1:])
+    latents = latents.contiguous().view(len(data), len(flips), 2, *latents.shape[1:])
     told = {"identity": identity, "words": json.dumps(words), "broken": json.dumps(sorted(missing))}
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:

@@ -37,8 +37,8 @@ class Training:
     backward pass; accumulate: backward passes per update. rate: of AdamW; warmup: steps in which it
     rises; decay: share of the run, at its end, in which it falls to nothing. clip: largest norm of
     the gradient. ema: decay of the averaged weights, (1 + n) / (10 + n) where that is less.
-    precision: of accelerate (no, bf16, fp16). checkpoint, report: steps between two. workers: of
-    the data, in processes."""
+    precision: fp32, bf16, fp16. checkpoint, report: steps between two. workers: of the data, in
+    processes."""
 
     steps: int = 10_000
     batch: int = 32
@@ -49,7 +49,7 @@ class Training:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.9999
-    precision: str = "no"
+    precision: str = "fp32"
     checkpoint: int = 500
     report: int = 50
     workers: int = 0
@@ -64,7 +64,7 @@ class Training:
             ("clip", self.clip > 0, "above 0"),
             ("decay", 0 <= self.decay <= 1, "0 to 1"),
             ("ema", 0 <= self.ema < 1, "at least 0 and below 1"),
-            ("precision", self.precision in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
+            ("precision", self.precision in ("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
         ]
         for key, good, want in wanted:
             if not good:

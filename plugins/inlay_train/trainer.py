@@ -54,7 +54,7 @@ def train(
         raise InputError("there is a checkpoint already", where=str(out), fix=fix)
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
-        mixed_precision=cfg.precision,
+        mixed_precision="no" if cfg.precision == "fp32" else cfg.precision,
         gradient_accumulation_steps=cfg.accumulate,
         log_with="tensorboard" if importlib.util.find_spec("tensorboard") else None,
         project_config=ProjectConfiguration(project_dir=str(out)),
