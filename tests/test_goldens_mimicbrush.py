@@ -11,8 +11,9 @@ from torch import nn
 import inlay
 from inlay.backbones.mimicbrush_forward import imitate, reference
 from inlay.backbones.mimicbrush_pipeline import DepthGuider, MimicBrushPipeline
-from inlay_config.images import to_pil, to_tensor
-from inlay_plugins import masks
+from inlay_config.images import to_tensor
+from inlay_plugins.letterbox import Letterbox
+from inlay_plugins.paste_back import PasteBack
 from spies import plugin
 from toys import golden
 
@@ -137,3 +138,47 @@ def test_the_published_run(unets, tmp_path):
     torch.testing.assert_close(torch.stack(states), stored["latents"], rtol=0, atol=5e-4)
     image = made.images["edit"].permute(0, 2, 3, 1)
     torch.testing.assert_close(image, stored["image01"], rtol=0, atol=1e-4)
+
+
+def framed(stored, name):
+    """Letterbox in MimicBrush's way, on its board."""
+    given = {key: stored[f"{name}.{key}_u8"] for key in ("source_rgb", "mask")}
+    picture, mask = (to_tensor(Image.fromarray(array.numpy())) for array in given.values())
+    board = {"image:original": picture, "image:mask": mask}
+    board |= {"image:source": torch.zeros(1, 3, 64, 64), "mask:user": torch.zeros(1, 1, 64, 64)}
+    box = Letterbox(Letterbox.Config(fill="white", resize="plain"))
+    box.acts, run = True, SimpleNamespace(board=board, size=(64, 64))
+    box.inlay_prepare(run=run)
+    return box, run
+
+
+def grey(picture):
+    """`1 c h w` in 0..1 as 0..255, `h w c`."""
+    return (255 * picture[0]).permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_the_square_frame(name):
+    """Bilinear in fixed point there: a grey level; the mask is exact."""
+    stored, _ = golden("mimicbrush_prepost")
+    _, run = framed(stored, name)
+    off = grey(run.board["image:source"]) - stored[f"{name}.square_rgb_u8"]
+    assert off.abs().max() <= 1
+    mask = stored[f"{name}.mask_square_u8"]
+    assert torch.equal(grey(run.board["mask:user"])[..., 0].round().byte(), mask)
+
+
+def test_the_way_back_and_the_paste():
+    stored, _ = golden("mimicbrush_prepost")
+    box, run = framed(stored, "tall")
+    prediction = to_tensor(Image.fromarray(stored["tall.prediction_rgb_u8"].numpy()))
+    result = SimpleNamespace(images={"edit": prediction})
+    box.inlay_final(run=run, result=result)
+    cropped = stored["tall.prediction_cropped_rgb_u8"]
+    assert (grey(result.images["edit"]) - cropped).abs().max() <= 1
+    result.images["edit"] = to_tensor(Image.fromarray(cropped.numpy()))
+    paste = PasteBack(PasteBack.Config(mask="image:mask", blur=10))
+    paste.acts = True
+    paste.inlay_final(run=run, result=result)
+    off = grey(result.images["edit"])[::2] - stored["tall.pasted_rgb"]
+    assert off.abs().max() < 1e-3

@@ -14,7 +14,7 @@ from inlay.cli.experiment import plan_experiment, planned
 from inlay.cli.words import find_words, words_data, words_table
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
-from models import conds, flux, pixel, stable_diffusion
+from models import conds, flux, mimicbrush, pixel, stable_diffusion
 from spies import Editor, plugin
 
 
@@ -157,7 +157,7 @@ def test_a_key_that_is_published_later_is_refused_with_the_right_order(pipe):
 
 def test_what_the_caller_gives_is_published_by_the_input(pipe):
     made = plan(pipe, {"mask": consume("mask:user")}, inputs=["mask"])
-    assert made.publishes == {"mask:user": "input"}
+    assert made.publishes == {"mask:user": "input", "image:mask": "input"}
 
 
 def test_after_and_before_are_checked_and_never_reordered(pipe):
@@ -339,10 +339,11 @@ PUBLISHED = {  # described by configurations that ship here: parameters of the d
     "timbrooks/instruct-pix2pix": 859_532_484,
     "Fantasy-Studio/Paint-by-Example": 859_535_364,
 }
-TINY = {"toybox/ddpm": pixel, "toybox/sd": stable_diffusion}
+TINY = {"toybox/ddpm": pixel, "toybox/sd": stable_diffusion, "mimicbrush": mimicbrush}
 PICTURED = {  # experiments that want pictures of the caller's
     "instruct": ["input.image"],
     "exemplar": ["input.image", "input.mask", "plugins.exemplar.image"],
+    "mimicbrush": ["input.image", "input.mask", "plugins.imitation.image"],
     "blended_image_guided": ["plugins.clip_guidance.images"],
 }
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; a bad picture is told at onc
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
-BOARD = {"image": ("image:source", "image:original"), "mask": ("mask:user",)}
+BOARD = {"image": ("image:source", "image:original"), "mask": ("mask:user", "image:mask")}
 LANCZOS = Image.Resampling.LANCZOS
 
 

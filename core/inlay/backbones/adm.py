@@ -11,18 +11,17 @@ appendix; class-conditional models keep their label embedding.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file
 
 from inlay_config.errors import ModelError
 
 from .adm_layout import FIX, Layout
+from .checkpoint_files import read
 
 Order = Literal["legacy", "new"]
 """How query, key and value lie in a checkpoint's ``qkv``: head by head ("legacy"), or as wholes."""
@@ -103,22 +102,8 @@ def load_adm(path: str | Path, **options: Any) -> UNet2DModel:
     Nothing but tensors is unpickled. ``options`` are those of ``convert``. Raises ModelError that
     names the file.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError as error:
-        fix = "Check the path; checkpoints are not part of a repository."
-        raise ModelError("there is no such file", where=str(path), fix=fix) from error
-    except pickle.UnpicklingError as error:
-        problem = "it holds Python objects beside tensors, or is no checkpoint; nothing was run"
-        raise ModelError(problem, where=str(path), fix=FIX) from error
-    except Exception as error:  # what is no pickle fails in any way it likes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ModelError(f"cannot be read: {reason}", where=str(path), fix=FIX) from error
-    if not (isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())):
+    state = read(Path(path), FIX)
+    if not all(torch.is_tensor(v) for v in state.values()):
         raise ModelError("it is not a plain table of tensors", where=str(path), fix=FIX)
     return convert(state, where=str(path), **options)
 
