@@ -33,8 +33,8 @@ ROWS = {
 
 
 def section(args: Namespace) -> str:
-    """A quarter of the items: what the seven masks of one run cost is the run."""
-    return table(max(1, args.items // 4))
+    """A tenth of the items: what the seven masks of one run cost is the run."""
+    return table(max(1, args.items // 10))
 
 
 def table(n: int = 50) -> str:

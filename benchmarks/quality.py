@@ -13,6 +13,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import ablations
+import comparison
+import hard_cases
 import insertion
 import localisers
 
@@ -40,6 +43,9 @@ Section = Callable[[argparse.Namespace], str]
 SECTIONS: dict[str, Section] = {
     "models": models,
     "toybox-affordance": insertion.affordance,
+    "variants": insertion.variants,
+    "ablations": ablations.section,
+    "hard-cases": hard_cases.section,
     "localisers": localisers.section,
     "toybox-additing": insertion.additing,
 }
@@ -49,13 +55,13 @@ def main() -> None:
     """Measure what is not measured yet, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=200, help="scenes of each figure of a model")
-    parser.add_argument("--items", type=int, default=200, help="items of the insertion task")
+    parser.add_argument("--items", type=int, default=500, help="of the insertion task's main rows")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     args = parser.parse_args()
     hush_loading_bars()
     for name in args.only:
         show(name, SECTIONS[name](args))
-    print(f"\nwritten to {PAGE.relative_to(ROOT)}; pictures in {insertion.OUT.relative_to(ROOT)}")
+    print(f"\nwritten to {PAGE.relative_to(ROOT)}; pictures in {comparison.OUT.relative_to(ROOT)}")
 
 
 def show(name: str, text: str) -> None:

@@ -23,7 +23,10 @@ def evaluate(
         typer.Argument(metavar="[KEY=VALUE]...", help="Over every experiment.", show_default=False),
     ] = None,
     methods: Annotated[
-        str, typer.Option(metavar="A,B", help="Experiments by name or YAML file; copy; vae.")
+        str,
+        typer.Option(
+            metavar="A,B@KEY=VALUE", help="Experiments by name or YAML file, or of them variants."
+        ),
     ] = "copy",
     n: Annotated[
         int | None, typer.Option(help="Items; the task's own number if not given.")
@@ -66,7 +69,7 @@ def evaluate(
         return
     try:
         from inlay_bench import report, runner
-        from inlay_bench.methods import build, drawer
+        from inlay_bench.methods import build, drawer, split
         from inlay_bench.terminal import Progress, show
     except ModuleNotFoundError as error:
         fix = "Install what it needs: pip install 'inlay[bench]'."
@@ -78,7 +81,7 @@ def evaluate(
     loaded = tasks.load(task)
     tasks.adapt(loaded, data or (), network or ())
     folder = output.resolve(out) if out else runner.default_folder(loaded)
-    words, asked = overrides or (), [name for name in methods.split(",") if name]
+    words, asked = overrides or (), split(methods)
     made, draw = build(asked, loaded, words), drawer(loaded, words)
     if baseline is not None and baseline not in (names := [method.name for method in made]):
         fix = f"One of {', '.join(names)}."

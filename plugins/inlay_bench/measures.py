@@ -90,9 +90,15 @@ class Evidence:
     @cached_property
     def found(self) -> Found:
         """The detector's new objects of the item's class: boxes `n 4`, masks `n h w`, surest
-        first."""
+        first. One that lies half on objects of this class that were there before is not new."""
         seen = self.networks["detector"].detect(self.picture, THRESHOLD)[0]
-        mine = [i for i, name in enumerate(seen.classes) if name == self.item.facts["class"]]
+        known = self.item.truth.get("present")
+        before = torch.zeros(()).bool() if known is None else torch.from_numpy(known)
+        mine = [
+            i
+            for i, (name, mask) in enumerate(zip(seen.classes, seen.masks, strict=True))
+            if name == self.item.facts["class"] and 2 * (mask & before).sum() < mask.sum()
+        ]
         return Found(seen.boxes[mine], seen.masks[mine])
 
     @cached_property
@@ -241,6 +247,24 @@ def source_in_order(e: Evidence) -> Numbers:
     seen = e.networks["detector"].detect(e.source, THRESHOLD)[0].classes
     right = e.item.facts["class"] not in seen and set(e.item.facts["things"]) <= set(seen)
     return {"source": float(right)}
+
+
+@measure(
+    "side",
+    OBJECT,
+    Column(
+        "side",
+        "on its side",
+        "the surest new object is on that side of another which the caption says",
+    ),
+    networks=("detector",),
+)
+def on_the_side_asked(e: Evidence) -> Numbers:
+    if not len(e.found.boxes):
+        return {"side": None}
+    left, _, right, _ = e.found.boxes[0].tolist()
+    is_left = (left + right) / 2 < e.item.facts["anchor"] * e.picture.shape[-1]
+    return {"side": float(is_left == (e.item.facts["side"] == "left of"))}
 
 
 # pictures and captions -------------------------------------------------------------------------

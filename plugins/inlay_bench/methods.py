@@ -2,13 +2,16 @@
 `twin`, `elsewhere`, and those that paste an exemplar (`inlay_bench.pasting`).
 
 A method turns an item into a picture. Pipelines are loaded once and shared between methods of the
-same model; an experiment keeps its session from item to item.
+same model; an experiment keeps its session from item to item. `addit@true_cfg=4` is a variant: the
+experiment with overrides of its own.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -141,21 +144,23 @@ class Paste(Method):
 class Edit(Method):
     """An experiment; what the item says takes the place of its prompts, subject, picture and seed.
 
-    path: as `inlay run` takes it. overrides: over the experiment, for every item.
+    said: as `inlay run` takes it, `variant` of it or not. overrides: over the experiment, for every
+    item.
     """
 
     def __init__(
         self,
-        path: str,
+        said: str,
         task: Task,
         overrides: Sequence[str],
         pipelines: Pipelines,
         weights: dict[str, str] | None = None,
     ) -> None:
-        self.path, self.task, self.overrides = path, task, tuple(overrides)
-        self.name = name_of(path)
+        self.path, own = variant(said)
+        self.task, self.overrides = task, (*overrides, *own)
+        self.name = name_of(said)
         self.pipelines = pipelines
-        self.exp = config.load(path, self.overrides)
+        self.exp = config.load(self.path, self.overrides)
         self._session: tuple[Any, Any] = (None, None)
         self._folder = TemporaryDirectory(prefix="inlay-eval-")
         resolved = config.to_dict(self.exp)
@@ -253,9 +258,25 @@ def build(names: Sequence[str], task: Task, overrides: Sequence[str] = ()) -> li
     return list(made.values())
 
 
-def name_of(path: str) -> str:
-    """The name of an experiment's row: of the file, or the experiment's own."""
-    return Path(path).stem if path.endswith((".yaml", ".yml")) else path.replace("/", "-")
+def name_of(said: str) -> str:
+    """The name of an experiment's row: of the file, or the experiment's own, and what varies it."""
+    path, *own = said.split("@")
+    name = Path(path).stem if path.endswith((".yaml", ".yml")) else path
+    return "@".join([name, *own]).replace("/", "-")
+
+
+def variant(said: str) -> tuple[str, list[str]]:
+    """The experiment and the overrides of `addit@true_cfg=4@weighted_attention.gamma=1.2`: what is
+    no key of an experiment is one of its plugins."""
+    path, *own = said.split("@")
+    keys = {field.name for field in fields(Experiment)}
+    known = (re.split(r"[.=]", word)[0] in keys for word in own)
+    return path, [w if top else f"plugins.{w}" for w, top in zip(own, known, strict=True)]
+
+
+def split(said: str) -> list[str]:
+    """The methods of `a,b@steps=[1, 2]`: a comma in brackets is part of a value."""
+    return [word for word in re.split(r",(?![^\[{]*[\]}])", said) if word]
 
 
 def _sweep(edit: Edit, task: Task) -> list[tuple[float, str]]:

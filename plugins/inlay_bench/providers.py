@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from inlay_bench.tasks import Item, provider
-from inlay_config.errors import InputError
+from inlay_config.config import suggest
+from inlay_config.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from inlay_toybox.quality import ExemplarItem
@@ -15,14 +16,28 @@ ENDLESS = 1_000_000
 
 
 @provider("toybox-insertion")
-def toybox_insertion(seed: int) -> Iterator[Item]:
-    """Unseen scenes without their last object, and what is known of it."""
+def toybox_insertion(seed: int, kind: str = "") -> Iterator[Item]:
+    """Unseen scenes without their last object, and what is known of it.
+
+    kind: "", or one that the papers call hard (inlay_toybox.quality.limits): terse, crowded, again,
+    beside.
+    """
     import numpy as np
 
     from inlay_toybox import edits, quality, world
     from inlay_toybox.classes import BY_NAME
+    from inlay_toybox.quality import limits
 
-    for i, item in enumerate(quality.insertion_items(ENDLESS, seed)):
+    hard = {f.__name__: f for f in (limits.terse, limits.crowded, limits.again, limits.beside)}
+    kinds = {"": quality.insertion_items, **hard}
+    if kind not in kinds:
+        where = "data.options.kind"
+        raise ConfigError(f"no kind '{kind}' of items", where=where, fix=suggest(kind, hard))
+    for i, item in enumerate(kinds[kind](ENDLESS, seed)):
+        drawn, asked = world.render(item.source, item.picture.width), {}
+        if kind == "beside":
+            asked = {"side": limits.SIDES[i % 2], "anchor": item.source.things[0].x}
+        alike = [thing.name == item.name for thing in item.source.things]
         yield Item(
             id=f"{i:04d}",
             picture=item.picture,
@@ -37,6 +52,7 @@ def toybox_insertion(seed: int) -> Iterator[Item]:
                 "allowed": item.allowed,
                 "footprint": item.footprint,
                 "mask": item.mask,
+                "present": drawn.masks[alike].any(0),
                 "picture": np.array(world.render(item.target, item.picture.width).image),
             },
             facts={
@@ -45,6 +61,7 @@ def toybox_insertion(seed: int) -> Iterator[Item]:
                 "held_out": item.held_out,
                 "chance": item.chance,
                 "things": [thing.name for thing in item.source.things],
+                **asked,
             },
         )
 

@@ -52,25 +52,34 @@ def insertion_items(n: int = 200, seed: int = 0, size: int = 64) -> Iterator[Ins
     for target in unseen_scenes(10 * n, INSERTIONS + seed * 10 * n):
         if made == n:
             return
-        index = len(target.things) - 1
-        thing, source = target.things[index], target.without(index)
-        drawn = world.render(target, size)
-        mask = drawn.masks[index]
-        allowed = world.affordance(source, thing.name, size)
-        if not world.well_placed(mask, allowed):
-            continue
-        made += 1
-        yield InsertionItem(
-            source=source,
-            target=target,
-            picture=Image.fromarray(world.render(source, size).image),
-            source_caption=source.caption,
-            target_caption=target.caption,
-            subject=captions.subject(thing),
-            name=thing.name,
-            held_out=(thing.name, target.ground) in HELD_OUT,
-            allowed=allowed,
-            footprint=drawn.footprints[index],
-            mask=mask,
-            chance=world.chance(mask, allowed, seed=made),
-        )
+        if item := item_of(target, made + 1, size):
+            made += 1
+            yield item
+
+
+def item_of(target: world.Scene, number: int, size: int = 64) -> InsertionItem | None:
+    """The scene without its last object, and that object to insert; None where it stands badly.
+
+    number: seeds the draws behind ``chance``.
+    """
+    index = len(target.things) - 1
+    thing, source = target.things[index], target.without(index)
+    drawn = world.render(target, size)
+    mask = drawn.masks[index]
+    allowed = world.affordance(source, thing.name, size)
+    if not world.well_placed(mask, allowed):
+        return None
+    return InsertionItem(
+        source=source,
+        target=target,
+        picture=Image.fromarray(world.render(source, size).image),
+        source_caption=source.caption,
+        target_caption=target.caption,
+        subject=captions.subject(thing),
+        name=thing.name,
+        held_out=(thing.name, target.ground) in HELD_OUT,
+        allowed=allowed,
+        footprint=drawn.footprints[index],
+        mask=mask,
+        chance=world.chance(mask, allowed, seed=number),
+    )
