@@ -31,8 +31,8 @@ PLOTTED = {"inclusion": "inclusion", "affordance": "affordance_all", "background
 
 
 def section(args: Namespace) -> str:
-    """A tenth of the items; the plots are written beside the pictures of the task."""
-    few, lines = max(1, args.items // 10), []
+    """A fifth of the items; the plots are written beside the pictures of the task."""
+    few, lines = max(1, args.items // 5), []
     sweeps = {title: swept(option, values) for title, (option, values) in SWEEPS.items()}
     rows = {**PARTS, **{name: name for sweep in sweeps.values() for name in sweep.values()}}
     named = list(dict.fromkeys(rows.values()))

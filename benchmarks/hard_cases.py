@@ -28,8 +28,8 @@ COLUMNS = 4  # of a picture, in which objects are counted
 
 
 def section(args: Namespace) -> str:
-    """Items of every kind: a tenth of the main comparison's."""
-    few = max(1, args.items // 10)
+    """Items of every kind: a fifth of the main comparison's."""
+    few = max(1, args.items // 5)
     main = comparison.evaluate("toybox-affordance", ("addit", "twin"), args.items, "hard-cases")
     head = ["", "items", *(c.title for c in comparison.columns_of(main, SHOWN))]
     lines = [row(main, "all items", range(len(main.evaluation.items)))]
