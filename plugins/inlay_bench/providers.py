@@ -52,7 +52,7 @@ def toybox_insertion(seed: int, kind: str = "") -> Iterator[Item]:
                 "allowed": item.allowed,
                 "footprint": item.footprint,
                 "mask": item.mask,
-                "present": drawn.masks[alike].any(0),
+                "present": np.any(drawn.masks[alike], 0),
                 "picture": np.array(world.render(item.target, item.picture.width).image),
             },
             facts={
