@@ -49,8 +49,10 @@ def hash_image(image: Image.Image) -> str:
 
 
 def hash_weights(folder: str | Path) -> str:
-    """sha256 over a model's safetensors files, names and bytes; "" where there are none."""
-    files = sorted(Path(folder).rglob("*.safetensors"))
+    """sha256 over a model's safetensors files, names and bytes, or over one checkpoint; "" where
+    there are none."""
+    one = [Path(folder)] if Path(folder).is_file() else []
+    files = one or sorted(Path(folder).rglob("*.safetensors"))
     parts = [(str(file.relative_to(folder)), _hash_file(file, file.stat())) for file in files]
     return hashlib.sha256(repr(parts).encode()).hexdigest() if parts else ""
 

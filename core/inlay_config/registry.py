@@ -72,7 +72,8 @@ def fetch(name: str) -> Path:
 
 
 def resolve_model(name: str, where: str = "model", holds: str = "model_index.json") -> str:
-    """The folder of a shipped or local model, or a hub name (`owner/name`), for `from_pretrained`.
+    """The folder of a shipped or local model, or a hub name (`owner/name`), for `from_pretrained`,
+    or a checkpoint file of Stable Diffusion's original program.
 
     where: the YAML path for errors; holds: the file that makes a folder one of these, config.json
     for a single network. Raises ModelError for an unknown name, a folder without that file, and
@@ -84,6 +85,11 @@ def resolve_model(name: str, where: str = "model", holds: str = "model_index.jso
         folder = Path(finder(models()[name]["argument"]))
     elif Path(name).is_dir():
         folder = Path(name)
+    elif holds == "model_index.json" and Path(name).is_file():
+        if Path(name).suffix in (".ckpt", ".safetensors"):
+            return name
+        fix = "Give a folder of diffusers, a hub name, or a checkpoint (.safetensors, .ckpt)."
+        raise ModelError(f"'{name}' is no model", where=where, fix=fix)
     elif re.fullmatch(r"(?!toybox/)\w[\w.-]*/\w[\w.-]*", name):
         return name
     else:

@@ -298,7 +298,7 @@ def drawer(task: Task, overrides: Sequence[str] = ()) -> Edit | None:
 def weights_of(exp: Experiment) -> dict[str, str]:
     """The digest of a local model's weights; of a hub name, nothing beyond its revision."""
     folder = registry.resolve_model(exp.model)
-    return {"weights": manifest.hash_weights(folder)} if Path(folder).is_dir() else {}
+    return {"weights": manifest.hash_weights(folder)} if Path(folder).exists() else {}
 
 
 def _owners(exp: Experiment) -> dict[str, str]:

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from inlay_config.config import data_path
 from inlay_config.errors import ModelError
 
+from . import compvis
 from .base import Backbone
 
 FAMILIES = {
@@ -55,7 +56,8 @@ def load(
     offload: str = "none",
     revision: str | None = None,
 ) -> Any:
-    """A pipeline by folder or hub name, on its device: safetensors only, no remote code.
+    """A pipeline by folder or hub name, on its device: safetensors only, no remote code; or one of
+    Stable Diffusion's original checkpoints, a file, of which tensors alone are read.
 
     Raises ModelError when it cannot be loaded, or the device or offload is not to be had.
     """
@@ -71,7 +73,10 @@ def load(
     options = {"use_safetensors": True, "revision": revision}
     _names()
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **options)
+        if compvis.is_file(path):
+            pipe = compvis.load(path, dtype=dtype)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise _unusable(path, error) from error
     if offload == "model":
@@ -93,6 +98,8 @@ def skeleton(path: str, revision: str | None = None, dtype: str = "float32") -> 
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers, **_names()}
+    if compvis.is_file(path):
+        path = compvis.base_of(Path(path), compvis.state_of(Path(path)))
     shipped = data_path("models") / path.replace("/", "--")
     home = str(shipped) if shipped.is_dir() and not revision else path
     try:

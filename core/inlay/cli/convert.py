@@ -1,4 +1,4 @@
-"""`inlay models convert`: a guided-diffusion (ADM) checkpoint as a diffusers pipeline."""
+"""`inlay models convert`: a published checkpoint in its original layout as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Order(StrEnum):
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="Checkpoint: .pt or .safetensors.")],
+    file: Annotated[Path, typer.Argument(help="Checkpoint: .pt, .ckpt or .safetensors.")],
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
     head_channels: Annotated[
         int, typer.Option(min=1, help="Channels of an attention head (num_head_channels).")
@@ -33,19 +33,30 @@ def convert(
     order: Annotated[
         Order, typer.Option(help="new: trained with use_new_attention_order.")
     ] = Order.legacy,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of the configurations of a Stable Diffusion."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a guided-diffusion (ADM) checkpoint to a diffusers pipeline with equal outputs."""
+    """Convert a checkpoint to a diffusers pipeline with equal outputs: of guided-diffusion (ADM),
+    Stable Diffusion 1, InstructPix2Pix and what was tuned from it (MagicBrush, EraseDraw)."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("it is there already", where=f"--out {out}", fix="Give a new folder.")
     from diffusers import DDPMPipeline
 
+    from inlay.backbones import compvis
     from inlay.backbones.adm import adm_scheduler, load_adm
 
-    model = load_adm(file, head_channels=head_channels, size=size, order=order.value)
+    if base or compvis.holds(file):
+        pipe = compvis.load(file, base)
+        model = pipe.unet
+    else:
+        model = load_adm(file, head_channels=head_channels, size=size, order=order.value)
+        pipe = DDPMPipeline(model, adm_scheduler(model))
     partial = out.with_name(f"{out.name}.partial")
     try:
-        DDPMPipeline(model, adm_scheduler(model)).save_pretrained(partial)
+        pipe.save_pretrained(partial)
         if out.exists():
             out.rmdir()
         partial.replace(out)

@@ -32,7 +32,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         if manifest.hash_image(picture) != digest:
             raise InputError(f"'{given}' is not the recorded picture", where=where, fix=fix)
     model = registry.resolve_model(experiment.model)
-    if Path(model).is_dir() and manifest.hash_weights(model) != record.get("weights"):
+    if Path(model).exists() and manifest.hash_weights(model) != record.get("weights"):
         fix = "Use the model of that time, or start from the YAML instead of --from."
         raise ModelError(f"the weights of '{experiment.model}' differ", where="model", fix=fix)
     for name, then in record.get("versions", {}).items():
