@@ -32,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on from --out, or else from the shipped weights"
     )
+    ship = verbs.add_parser("ship", help="write a tuned model as what it has beyond another")
+    ship.add_argument("tuned", type=Path, help="folder that `inlay train` wrote to")
+    ship.add_argument("out", type=Path, help="its folder below models/")
+    ship.add_argument("--base", default="sd", help="name of the model that it was tuned from")
+    ship.add_argument("--rank", type=int, default=24, help="of what is kept of a weight")
     quality = verbs.add_parser("quality", help="measure the shipped models")
     report = verbs.add_parser("report", help="write figures, grids and curves into the page")
     report.add_argument("--page", type=Path, default=Path("docs/toybox.md"))
@@ -72,6 +77,14 @@ def _train(args: argparse.Namespace) -> None:
     print(train(args.minutes, out, device, **accepted(train, offered)))
 
 
+def _ship(args: argparse.Namespace) -> None:
+    from inlay_toybox import deltas, path, training
+
+    deltas.write(args.tuned / "model", path(args.base), args.out, args.rank)
+    training.export_log(args.tuned, args.out)
+    print(args.out)
+
+
 def _quality(args: argparse.Namespace) -> None:
     from inlay_toybox.quality.figures import figures, shipped
 
@@ -93,9 +106,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code (2 for a mistake in the arguments)."""
     args = _parser().parse_args(argv)
     try:
-        {"render": _render, "train": _train, "quality": _quality, "report": _report}[args.verb](
-            args
-        )
+        {
+            "render": _render,
+            "train": _train,
+            "ship": _ship,
+            "quality": _quality,
+            "report": _report,
+        }[args.verb](args)
     except (OSError, ValueError) as error:
         print(f"inlay-toybox {args.verb}: {error}", file=sys.stderr)
         return 2
