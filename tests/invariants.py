@@ -277,6 +277,15 @@ def imitation(made, without):
         torch.testing.assert_close(answer, (joint + own) / 2, rtol=1e-4, atol=1e-5)
 
 
+def scribble(made, without):
+    drawn, mask = made.result.images["scribble"], made.board["mask:user"]
+    source = made.board["image:source"]
+    assert torch.equal(drawn * (mask == 0), source * (mask == 0))
+    assert torch.equal(drawn[0, :, 22, 16], torch.tensor([1.0, 0, 0]))
+    again = made.record.run.backbone.encode_image(drawn)
+    torch.testing.assert_close(made.board["latent:scribbled"], again)
+
+
 def latent_optimisation(made, without):
     run = made.record.run
     mask = masks.resize(made.board["mask:user"], run.backbone.grid(run.size))
@@ -511,6 +520,15 @@ CASES = {
         "the scale between them",
         exemplar,
         model="paint-by-example",
+    ),
+    "scribble": Case(
+        "its picture has the strokes in it and is the source outside the mask, and no bit of the "
+        "edit changes until a plugin starts from it",
+        scribble,
+        {"strokes": [{"colour": "red", "points": [[0.5, 0.7]]}]},
+        ("source_trajectory",),
+        draws=False,
+        board=("latent:scribbled",),
     ),
     "latent_optimisation": Case(
         "the denoiser draws nothing of the edit, and latents outside the mask are the source's, "

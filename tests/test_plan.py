@@ -345,6 +345,7 @@ PICTURED = {  # experiments that want pictures of the caller's
     "exemplar": ["input.image", "input.mask", "plugins.exemplar.image"],
     "mimicbrush": ["input.image", "input.mask", "plugins.imitation.image"],
     "blended_image_guided": ["plugins.clip_guidance.images"],
+    "blended_piece": ["plugins.scribble.picture"],
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,12 @@ def log_odds(heat: Tensor, mask: Tensor) -> Tensor:
     return heat.logit(eps=1e-3) - level.logit(eps=1e-3)
 
 
+def is_box(shares: Any) -> bool:
+    """Whether these are left, top, right, bottom in 0..1, with something between them."""
+    listed = isinstance(shares, Sequence) and len(shares) == 4
+    return listed and 0 <= shares[0] < shares[2] <= 1 and 0 <= shares[1] < shares[3] <= 1
+
+
 def rectangle(shares: Sequence[float], size: Sequence[int]) -> Tensor:
     """A mask `1 1 h w` of `size` (h, w): 1 inside left, top, right, bottom in 0..1."""
     (height, width), (left, top, right, bottom) = size, shares
@@ -90,6 +97,31 @@ def dilate(mask: Tensor, cells: int) -> Tensor:
     size = 2 * cells + 1
     wide = F.max_pool2d(mask, (size, 1), 1, (cells, 0))
     return F.max_pool2d(wide, (1, size), 1, (0, cells))
+
+
+def around(
+    mask: Tensor, size: Sequence[int], margin: float, zoom: float
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom around what is true in a mask `h w`, of the shape of `size` (h, w).
+
+    margin: in shares of the mask's longer side. zoom: the box is at least the largest of its shape
+    divided by this. The whole picture where nothing is true, or no such box holds the mask.
+    """
+    rows, columns = mask.shape
+    whole = (0, 0, columns, rows)
+    if not mask.any():
+        return whole
+    y, x = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    left, top, right, bottom = int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
+    shape = size[1] / size[0]
+    most, side = min(rows, columns / shape), max(bottom - top, right - left) * (1 + 2 * margin)
+    tall = min(max(side, side / shape, most / zoom), most)
+    high, wide = round(tall), round(tall * shape)
+    if high < bottom - top or wide < right - left or (zoom == 1 and tall == most):
+        return whole
+    first = min(max((left + right - wide) // 2, 0), columns - wide)
+    upper = min(max((top + bottom - high) // 2, 0), rows - high)
+    return first, upper, first + wide, upper + high
 
 
 def inside(shape: Sequence[int], frame: Sequence[int]) -> tuple[int, int, int, int]:

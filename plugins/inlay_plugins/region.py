@@ -35,8 +35,7 @@ class Region(Plugin):
         if threshold is not None and not 0 <= threshold < 1:
             fix = "Use 0 for every grey, 0.5 for the brighter half."
             raise ConfigError(f"{threshold} is outside 0..1", where=f"{where}.threshold", fix=fix)
-        box = self.cfg.box
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        if not masks.is_box(box := self.cfg.box):
             fix = "Give left, top, right, bottom in 0..1, such as [0, 0.5, 1, 1]."
             raise ConfigError(f"{box} is no box", where=f"{where}.box", fix=fix)
         need.publish("mask:region")

@@ -16,15 +16,17 @@ from inlay_plugins.schedules import step_index
 
 
 class StructureTransfer(Plugin):
-    """Consumes `latent:source`; publishes `start:edit`, which one plugin alone may set."""
+    """Consumes its guide; publishes `start:edit`, which one plugin alone may set."""
 
     @dataclass
     class Config:
         """step: index or progress; null: as published, 4 of 30 for a picture, 2 for a generated
-        source. Earlier gives the object more freedom, later keeps more of the source.
+        source. Earlier gives the object more freedom, later keeps more of the source. guide: the
+        board key of a clean latent, in the source's place: latent:scribbled.
         """
 
         step: Any = None
+        guide: str = "latent:source"
 
     @hookimpl
     def inlay_declare(self, need: Needs) -> None:
@@ -32,7 +34,7 @@ class StructureTransfer(Plugin):
         if step is None:
             step = 4 / 30 if "image:source" in need.request.inputs else 2 / 30
         self.step = step_index(step, need.request.steps, f"plugins.{need.owner}.step")
-        need.consume("latent:source")
+        need.consume(self.cfg.guide)
         need.publish("start:edit")
         need.lane("edit", active=range(self.step, need.request.steps))
 
@@ -44,5 +46,5 @@ class StructureTransfer(Plugin):
     def inlay_pre_step(self, run: Run, step: Step) -> None:
         if step.pass_ == "edit" and step.index == self.step and self.pending:
             self.pending = False  # a step may have several evaluations
-            step.x["edit"] = step.frame.noise(run.board["latent:source"], run.x_T["edit", "edit"])
+            step.x["edit"] = step.frame.noise(run.board[self.cfg.guide], run.x_T["edit", "edit"])
             run.board["start:edit"] = step.x["edit"]
