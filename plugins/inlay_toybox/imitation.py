@@ -52,7 +52,7 @@ def depth(scene: world.Scene, drawn: world.Rendering) -> np.ndarray:
     rows = (np.arange(size, dtype=np.float32) + 0.5) / size
     horizon = scene.look.horizon
     near = np.clip((rows - horizon) / (1 - horizon), 0, 1)
-    out = np.repeat(near[:, None], size, 1)
+    out = np.repeat(near[:, None], size, 1).astype(np.float32)
     for thing, mask in zip(scene.things, drawn.masks, strict=True):
         stands = np.clip((thing.base - horizon) / (1 - horizon), 0, 1)
         out[mask] = max(0.15, stands)

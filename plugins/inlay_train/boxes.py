@@ -61,14 +61,19 @@ def coco(file: Path, pictures: Path) -> Iterator[Boxed]:
 def open_images(file: Path, pictures: Path) -> Iterator[Boxed]:
     """Of an Open Images box file: boxes of a fitting size, groups and depictions left out."""
     boxes = defaultdict[str, list[tuple[float, ...]]](list)
+    columns = ("XMin", "YMin", "XMax", "YMax")
     try:
         with file.open(newline="", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                sides = tuple(float(row[key]) for key in ("XMin", "YMin", "XMax", "YMax"))
+            reader = csv.DictReader(lines)
+            missing = {"ImageID", *columns} - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"no column {sorted(missing)[0]}")
+            for row in reader:
+                sides = tuple(float(row[key]) for key in columns)
                 whole = row.get("IsGroupOf") != "1" and row.get("IsDepiction") != "1"
                 if whole and _fitting(sides):
                     boxes[row["ImageID"]].append(sides)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         fix = "Columns ImageID, XMin, XMax, YMin and YMax are needed."
         raise InputError(f"cannot be read: {error}", where=str(file), fix=fix) from error
     for name, found in boxes.items():

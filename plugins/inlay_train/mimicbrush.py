@@ -210,10 +210,15 @@ def begun(pipe: Any, cfg: Any) -> MimicBrushPipeline:
 def unread(unet: Any) -> list[Any]:
     """What of a reference U-Net acts on nothing that is read: all behind the last self-attention's
     norm."""
-    block = unet.up_blocks[-1].attentions[-1]
-    last = block.transformer_blocks[-1]
-    idle = [part for name, part in last.named_children() if name != "norm1"]
-    return [*idle, block.proj_out, unet.conv_norm_out, unet.conv_out]
+    idle = [unet.conv_norm_out, unet.conv_out]
+    for block in reversed(unet.up_blocks):
+        if getattr(block, "attentions", None):
+            outer = block.attentions[-1]
+            inner = outer.transformer_blocks[-1].named_children()
+            behind = [part for name, part in inner if name != "norm1"]
+            return [*idle, *behind, outer.proj_out, *(block.upsamplers or ())]
+        idle.append(block)
+    return idle
 
 
 def unread_tower(tower: Any) -> list[Any]:

@@ -29,7 +29,8 @@ class Sources:
     clips: a folder with a folder of frames per clip, and single pictures. low, high: SSIM of the
     frames of a pair. toybox: number of its scenes. objects: share of these whose hole is one whole
     object, in place of the published segments of single pictures; zoom: share whose reference is
-    cut out around that object. sift: match features; without, toybox cells match that show objects.
+    cut out around that object. sift: match features; without, cells of the toybox that show objects
+    match, and of photographs none.
     """
 
     clips: str | None = None
@@ -81,7 +82,10 @@ class Views:
         one, other = self._pair(self.clips[index], rng)
         source = imitation_pairs.augmented(one, rng, self.changes.source)
         reference = imitation_pairs.augmented(other, rng, self.changes.reference)
-        return self._row(source, reference, imitation_pairs.matches(source, reference), rng)
+        points: Points = np.zeros((0, 2))
+        if self.sources.sift:
+            points = imitation_pairs.matches(source, reference)
+        return self._row(source, reference, points, rng)
 
     def _pair(self, frames: list[Path], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Two frames that make a pair, or one twice: a pseudo pair, as of a single picture."""
