@@ -96,7 +96,7 @@ def test_what_goes_wrong_leaves_no_half_a_model(models, monkeypatch):
 
 
 def test_a_tuned_model_is_shipped_with_its_curve(models, capsys):
-    base, tuned, delta = models
+    _, tuned, delta = models
     out = tuned.parent / "run"
     out.mkdir()
     tuned.rename(out / "model")

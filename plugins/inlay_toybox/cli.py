@@ -14,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
         "inlay-toybox", description="The toybox: a miniature world and its models."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    render = verbs.add_parser("render", help="draw scenes on a sheet")
+    render = verbs.add_parser("render", help="draw a scene, or several on a sheet")
     render.add_argument("--n", type=int, default=40, help="number of scenes")
     render.add_argument("--seed", type=int, default=0, help="seed of the first scene")
     render.add_argument("--size", type=int, default=64, help="side of a picture in pixels")
@@ -47,11 +47,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _render(args: argparse.Namespace) -> None:
+    from PIL import Image
+
     from inlay_toybox import world
 
     scenes = [world.sample(args.seed + i, held_out=True) for i in range(args.n)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    world.sheet(scenes, args.size).save(args.out)
+    if args.n == 1:
+        Image.fromarray(world.render(scenes[0], args.size).image).save(args.out)
+    else:
+        world.sheet(scenes, args.size).save(args.out)
     if args.captions:
         print("\n".join(scene.caption for scene in scenes))
     print(args.out)
