@@ -14,7 +14,7 @@ from inlay.cli.experiment import plan_experiment, planned
 from inlay.cli.words import find_words, words_data, words_table
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
-from models import conds, flux, mimicbrush, pixel, stable_diffusion
+from models import conds, flux, instruct_pix2pix, mimicbrush, pixel, stable_diffusion
 from spies import Editor, plugin
 
 
@@ -340,8 +340,12 @@ PUBLISHED = {  # described by configurations that ship here: parameters of the d
     "Fantasy-Studio/Paint-by-Example": 859_535_364,
 }
 TINY = {"toybox/ddpm": pixel, "toybox/sd": stable_diffusion, "mimicbrush": mimicbrush}
+TINY |= {f"toybox/{name}": instruct_pix2pix for name in ("instruct", "magicbrush", "erasedraw")}
 PICTURED = {  # experiments that want pictures of the caller's
     "instruct": ["input.image"],
+    "instruct_sd15": ["input.image"],
+    "magicbrush": ["input.image"],
+    "erasedraw": ["input.image"],
     "exemplar": ["input.image", "input.mask", "plugins.exemplar.image"],
     "mimicbrush": ["input.image", "input.mask", "plugins.imitation.image"],
     "blended_image_guided": ["plugins.clip_guidance.images"],
