@@ -62,6 +62,26 @@ def test_a_model_comes_back_from_its_delta(models):
     assert "base" in (made / "tokenizer" / "t.json").read_text()
 
 
+def test_a_tower_of_another_model_costs_nothing(models):
+    """What is frozen is taken from there, in float32, and is followed when it changes."""
+    base, tuned, delta = models
+    file = base.parent / "clip" / "model.safetensors"
+    file.parent.mkdir()
+    tower = {"vision_model.pre.weight": torch.randn(6, 6).bfloat16()}
+    save_file(tower | {"text_model.pre.weight": torch.randn(6, 6).bfloat16()}, file)
+    (tuned / "encoder").mkdir()
+    held = {"model.pre.weight": tower["vision_model.pre.weight"].float(), "null": torch.randn(1, 6)}
+    save_file(held, tuned / "encoder" / "model.safetensors")
+    deltas.write(tuned, base, delta, 3, {"encoder/model.safetensors": "../clip/model.safetensors"})
+    made = deltas.expand(delta, base)
+    found = load_file(made / "encoder" / "model.safetensors")
+    assert torch.equal(found["model.pre.weight"], held["model.pre.weight"])
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    torch.testing.assert_close(found["null"], held["null"], rtol=0, atol=0.05)
+    save_file({name: 2 * tensor for name, tensor in tower.items()}, file)
+    assert deltas.expand(delta, base) != made
+
+
 def test_a_delta_is_small(models):
     base, tuned, delta = models
     deltas.write(tuned, base, delta, 3, {"head/weights.safetensors": "unet/weights.safetensors"})

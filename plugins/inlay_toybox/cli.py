@@ -37,6 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     ship.add_argument("out", type=Path, help="its folder below models/")
     ship.add_argument("--base", default="sd", help="name of the model that it was tuned from")
     ship.add_argument("--rank", type=int, default=24, help="of what is kept of a weight")
+    ship.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="FILE=FILE",
+        help="weights, and those of the base, or of another model (../NAME/…), that they come from",
+    )
     quality = verbs.add_parser("quality", help="measure the shipped models")
     report = verbs.add_parser("report", help="write figures, grids and curves into the page")
     report.add_argument("--page", type=Path, default=Path("docs/toybox.md"))
@@ -85,7 +92,8 @@ def _train(args: argparse.Namespace) -> None:
 def _ship(args: argparse.Namespace) -> None:
     from inlay_toybox import deltas, path, training
 
-    deltas.write(args.tuned / "model", path(args.base), args.out, args.rank)
+    sources = dict(pair.split("=", 1) for pair in args.source)
+    deltas.write(args.tuned / "model", path(args.base), args.out, args.rank, sources)
     training.export_log(args.tuned, args.out)
     print(args.out)
 

@@ -39,7 +39,8 @@ def write(
         folder: where to write; below ``models/`` to ship it.
         rank: of the factors. What was trained with at most this rank loses nothing but bits.
         sources: weights of ``tuned`` ("reference/unet/x.safetensors") -> those of ``base`` with
-            which they are compared ("unet/x.safetensors"), where the names differ.
+            which they are compared ("unet/x.safetensors"; "../clip/x.safetensors" is of another
+            model), where the names differ.
         inherit: folders whose files are the base's, where it has them.
 
     Returns:
@@ -133,12 +134,14 @@ class Streams:
 
 
 def like(value: torch.Tensor, name: str, base: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The base's weight of this name, or of the end of it ("model.vision.x" is "vision.x" there),
-    with zeros where the new one has more channels; zeros alone where there is none.
+    """The base's weight of this name, or of the end of it ("model.vision.x" is "vision.x" there; a
+    vision tower's "model.x" is the "vision_model.x" of a whole CLIP), with zeros where the new one
+    has more channels; zeros alone where there is none.
     """
     parts = name.split(".")
     for first in range(len(parts)):
-        old = base.get(".".join(parts[first:]))
+        end = ".".join(parts[first:])
+        old = base.get(end, base.get(f"vision_{end}"))
         if old is not None and old.ndim == value.ndim:
             grown = torch.zeros(value.shape)
             if all(a <= b for a, b in zip(old.shape, value.shape, strict=True)):
@@ -149,7 +152,8 @@ def like(value: torch.Tensor, name: str, base: Mapping[str, torch.Tensor]) -> to
 
 def expand(folder: Path, base: Path) -> Path:
     """The folder in the stock layout, below the user's cache ($INLAY_CACHE); made when it is not
-    there. Weights have the type of the base's, new ones are in bfloat16.
+    there. Weights have the type of the base's, new ones are in bfloat16, those of another model in
+    float32, since transformers loads a model in the type of its file.
 
     Raises:
         OSError: the cache cannot be written to.
@@ -193,6 +197,8 @@ def _write_stock(folder: Path, base: Path, target: Path) -> None:
         old, tensors = load_file(known) if known.is_file() else {}, {}
         kinds = {tensor.dtype for tensor in old.values()}
         kind = kinds.pop() if len(kinds) == 1 else torch.bfloat16
+        if ".." in told["sources"].get(file, ""):
+            kind = torch.float32
         for name, (shape, rank) in told["weights"][file].items():
             value = like(torch.zeros(shape), name, old)
             if rank is not None:
@@ -204,7 +210,11 @@ def _write_stock(folder: Path, base: Path, target: Path) -> None:
 def _digest(folder: Path, base: Path) -> str:
     """Of all that the expanded folder is made of."""
     digest = hashlib.sha256()
+    with safe_open(folder / NAME, "pt") as stored:
+        sources = json.loads(stored.metadata()["sources"]).values()
     for root in (folder, base):
         for file in sorted(p for p in root.rglob("*") if p.is_file()):
             digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    for name in sorted(name for name in sources if ".." in name):
+        digest.update(name.encode() + (base / name).read_bytes())
     return digest.hexdigest()[:12]
