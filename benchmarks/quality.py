@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ablations
+import blending
 import comparison
 import hard_cases
 import insertion
@@ -48,6 +49,7 @@ SECTIONS: dict[str, Section] = {
     "hard-cases": hard_cases.section,
     "localisers": localisers.section,
     "toybox-additing": insertion.additing,
+    "blending": blending.section,
 }
 
 

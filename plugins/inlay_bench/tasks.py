@@ -222,7 +222,7 @@ def _check(task: Task, where: str) -> None:
 def register_all() -> None:
     """Import what registers providers and measures: ours, and the modules that other packages name
     in the entry point group `inlay.bench`. Raises PluginError for one that cannot be imported."""
-    for ours in ("providers", "exemplars", "instructions", "benchmarks"):
+    for ours in ("providers", "exemplars", "blending", "instructions", "benchmarks"):
         importlib.import_module(f"inlay_bench.{ours}")
     for point in sorted(entry_points(group="inlay.bench")):
         try:
