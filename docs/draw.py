@@ -153,6 +153,7 @@ OFF = (
 )
 
 
+UNGUIDED = "plugins.clip_guidance.active=-1"
 EVERYWHERE = "plugins.local_blend.threshold=-1.0"
 
 
@@ -204,12 +205,32 @@ def inversions() -> list[Panel]:
     return panels
 
 
+def words_in_a_box() -> list[Panel]:
+    """Prompt-to-Prompt alone, blending alone, and both."""
+    made = {
+        "Prompt-to-Prompt": drawn("p2p_blending", "plugins.latent_blend=null"),
+        "blending": drawn("p2p_blending", *OFF),
+        "both": drawn("p2p_blending"),
+    }
+    source = to_pil(made["both"].images["source"])[0]
+    return [("source", source), *((title, edit(result)) for title, result in made.items())]
+
+
+def guided_addit() -> list[Panel]:
+    """Add-it alone, and with CLIP's gradient in the mask that it finds."""
+    made, plain = drawn("clip_guided_addit"), drawn("clip_guided_addit", UNGUIDED)
+    panels = [("source", to_pil(made.images["source"])[0]), ("Add-it", edit(plain))]
+    mask = to_pil(made.board["mask:subject"])[0]
+    return [*panels, ("its mask", mask), ("and CLIP guidance", edit(made))]
+
+
 FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     "attention": (
         reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
     ),
     "blended": (add, replace, remove, background, algorithms),
     "edits": (sdedit, flow_edit, rf_inversion),
+    "together": (guided_addit, words_in_a_box),
     "words": (replace_word, refine, weigh, only_there, injection, inversions),
 }  # fmt: skip
 

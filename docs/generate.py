@@ -106,6 +106,24 @@ def invariants() -> str:
     return "\n".join(lines)
 
 
+def together() -> str:
+    """Experiments of several methods, as they ship, each with its picture."""
+    from inlay_config.config import data_path
+
+    lines: list[str] = []
+    for name, (picture, shows) in TOGETHER.items():
+        text = (data_path("experiments") / f"{name}.yaml").read_text(encoding="utf-8")
+        lines += [f"`inlay run {name}`", "", "```yaml", text.strip(), "```", ""]
+        lines += [f"![{shows}](pictures/together/{picture}.png)", ""]
+    return "\n".join(lines).strip()
+
+
+TOGETHER = {
+    "clip_guided_addit": ("guided_addit", "a view of the grass, and a dog on it by Add-it alone, "
+                          "in the mask that it finds, and with CLIP guidance"),
+    "p2p_blending": ("words_in_a_box", "a red car and a tree; a blue car by Prompt-to-Prompt, by "
+                     "blending, and by both: only then layout and tree are the source's"),
+}  # fmt: skip
 PAIR_CELLS = {"composes": "·", "needs": "needs"}
 
 
@@ -168,7 +186,7 @@ def backbones_refused() -> str:
 PARTS = {
     "attention.md": {"conflicts": conflict_table},
     "compose.md": {"matrix": pair_matrix, "refusals": refusals, "beside": options_beside,
-                   "invariants": invariants},
+                   "invariants": invariants, "together": together},
     "backbones.md": {"families": backbone_matrix, "checks": backbone_checks_said,
                      "refused": backbones_refused},
 }  # fmt: skip
