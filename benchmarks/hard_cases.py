@@ -28,8 +28,8 @@ COLUMNS = 4  # of a picture, in which objects are counted
 
 
 def section(args: Namespace) -> str:
-    """Items of every kind: a fifth of the main comparison's."""
-    few = max(1, args.items // 5)
+    """Items of every kind: a tenth of the main comparison's, a quarter where most are made."""
+    few = max(1, args.items // 10)
     main = comparison.evaluate("toybox-affordance", ("addit", "twin"), args.items, "hard-cases")
     head = ["", "items", *(c.title for c in comparison.columns_of(main, SHOWN))]
     lines = [row(main, "all items", range(len(main.evaluation.items)))]
@@ -44,7 +44,7 @@ def section(args: Namespace) -> str:
         task.name = f"toybox-{kind}"
         seen = comparison.evaluate(task, ("addit",), few)
         lines.append(row(seen, title, range(few)))
-    text = [*report.table(head, lines), "", *real_or_drawn(few), "", *sides(few)]
+    text = [*report.table(head, lines), "", *real_or_drawn(max(1, args.items // 4)), "", *sides(few)]
     return "\n".join([*text, "", *placement(main)])
 
 
@@ -69,14 +69,16 @@ def real_or_drawn(n: int) -> list[str]:
         found = next(r for r in seen.rows if r.method == "addit").values
         columns = comparison.columns_of(seen, keys)
         lines.append([title, *(report.shown(found[c.key], c) for c in columns)])
-    return report.table(["source", *(c.title for c in columns)], lines)
+    text = report.table(["source", *(c.title for c in columns)], lines)
+    return [*text, "", f"* The first {n} items."]
 
 
 def sides(n: int) -> list[str]:
     """Left of and right of, in turns."""
     seen = comparison.evaluate("toybox-beside", ("addit",), n)
     keys = ("inclusion", "affordance", "side")
-    return comparison.means(seen, {"“left of”, “right of”": "addit"}, keys)
+    text = comparison.means(seen, {"“left of”, “right of”": "addit"}, keys)
+    return [*text, "", f"* {n} items."]
 
 
 def placement(summary: Summary) -> list[str]:

@@ -13,7 +13,7 @@ from inlay_config import config
 from inlay_config.images import save
 
 MAIN = ("addit", "addit_sd", "p2p", "sdedit", "flow_edit", "elsewhere", "twin")
-FURTHER = ("addit", "addit_paste", "addit_sam2", "t2i")
+FURTHER = ("addit", "addit_paste", "t2i")
 RIVALS = ("p2p", "sdedit", "flow_edit", "copy")
 ADDITING = ("addit", "t2i")
 COMPARED = ("inclusion", "affordance_all", "psnr", "clip_direction", "clip_out")
@@ -39,7 +39,7 @@ def affordance(args: Namespace) -> str:
 
 def variants(args: Namespace) -> str:
     """Add-it with more around it, and no picture at all, on fewer of the same items."""
-    few = max(1, args.items // 5)
+    few = max(1, args.items * 2 // 5)
     summary = comparison.evaluate("toybox-affordance", FURTHER, few, "variants")
     lines = comparison.means(
         summary,
@@ -51,7 +51,7 @@ def variants(args: Namespace) -> str:
 
 def additing(args: Namespace) -> str:
     """Insertion into pictures that the model draws itself; its inputs cost as much again."""
-    few = max(1, args.items // 5)
+    few = max(1, args.items // 10)
     return "\n".join(tables(comparison.evaluate("toybox-additing", ADDITING, few)))
 
 
