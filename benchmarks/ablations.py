@@ -1,6 +1,6 @@
 """Section of the results page: Add-it without one of its parts, and with other values of two.
 
-On the first items of `toybox-affordance`; every row is a variant of the experiment `addit`.
+Every row is a variant of the experiment `addit`, on the first items of `toybox-affordance`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from argparse import Namespace
 
 import comparison
 import plots
+import seeds
 from PIL import Image
 
-from inlay_bench.report import Summary
+from inlay_bench import intervals, tasks
 from inlay_config import config
 from inlay_config.images import save
 
 PARTS = {
-    "Add-it": "addit",
     "no extended attention": "addit@weighted_attention=null",
     "no structure transfer": "addit@structure_transfer=null",
     "no blending": "addit@latent_blend=null",
@@ -26,26 +26,22 @@ SWEEPS = {
     "gamma": ("weighted_attention.gamma", (1.0, 1.05, 1.15, 1.3, 1.5)),
     "structure step": ("structure_transfer.step", (0.0, 0.07, 0.14, 0.25, 0.4)),
 }
-SHOWN = ("inclusion", "affordance_all", "psnr", "psnr_strict", "clip_out")
+SHOWN = ("inclusion", "affordance_all", "contact", "psnr", "psnr_strict")
 PLOTTED = {"inclusion": "inclusion", "affordance": "affordance_all", "background, dB": "psnr"}
 
 
 def section(args: Namespace) -> str:
-    """A fifth of the items; the plots are written beside the pictures of the task."""
-    few, lines = max(1, args.items // 5), []
-    sweeps = {title: swept(option, values) for title, (option, values) in SWEEPS.items()}
-    rows = {**PARTS, **{name: name for sweep in sweeps.values() for name in sweep.values()}}
-    named = list(dict.fromkeys(rows.values()))
-    summary = comparison.evaluate("toybox-affordance", named, few, "ablations")
-    lines += comparison.means(summary, PARTS, SHOWN)
-    others = [name for name in PARTS.values() if name != "addit"]
+    """A tenth of the items; the plots are written where the pictures are."""
+    bench = seeds.Bench(tasks.load("toybox-affordance"), max(1, args.items // 10))
+    lines = seeds.table(bench, {"Add-it": "addit", **PARTS}, SHOWN)
     lines += ["", "*Add-it less the row without the part*", ""]
-    lines += comparison.differences(summary, "addit", others, SHOWN)
-    for title, sweep in sweeps.items():
-        labels = {f"{title} {value:g}": name for value, name in sweep.items()}
-        lines += ["", *comparison.means(summary, labels, SHOWN)]
-        save(plot(summary, title, sweep), comparison.OUT / f"sweep-{title.split()[0]}.png")
-    return "\n".join([*lines, "", f"* The first {few} items of `toybox-affordance`."])
+    lines += seeds.differences(bench, "addit", PARTS, SHOWN)
+    for title, (option, values) in SWEEPS.items():
+        sweep = swept(option, values)
+        rows = {f"{title} {value:g}": said for value, said in sweep.items()}
+        lines += ["", *seeds.table(bench, rows, SHOWN)]
+        save(plot(bench, title, sweep), comparison.OUT / f"sweep-{title.split()[0]}.png")
+    return "\n".join([*lines, "", f"* {len(bench.items)} {seeds.NOTE}."])
 
 
 def swept(option: str, values: tuple[float, ...]) -> dict[float, str]:
@@ -55,13 +51,12 @@ def swept(option: str, values: tuple[float, ...]) -> dict[float, str]:
     return {value: "addit" if value == own else f"addit@{option}={value}" for value in values}
 
 
-def plot(summary: Summary, title: str, sweep: dict[float, str]) -> Image.Image:
+def plot(bench: seeds.Bench, title: str, sweep: dict[float, str]) -> Image.Image:
     """Three small plots with intervals."""
-    rows = {row.method: row for row in summary.rows}
-    return plots.panels(
-        {
-            label: [(x, rows[name].values[key]) for x, name in sweep.items()]
-            for label, key in PLOTTED.items()
-        },
-        title,
-    )
+    drawn = intervals.draws(len(bench.items))
+    rows = {value: bench.row(said) for value, said in sweep.items()}
+    curves = {
+        label: [(value, intervals.interval(row[key], drawn)) for value, row in rows.items()]
+        for label, key in PLOTTED.items()
+    }
+    return plots.panels(curves, title)

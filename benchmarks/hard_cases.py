@@ -1,7 +1,6 @@
 """Section of the results page: what the papers say Add-it is bad at, as rows.
 
-Each is the task `toybox-affordance` with other items (`--data kind=terse`), and Add-it beside the
-true picture (`twin`).
+Hard kinds are the task `toybox-affordance` with other items (`--data kind=terse`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 
 import comparison
 import numpy as np
+import seeds
 
 from inlay_bench import intervals, measures, pictures, report, tasks
 from inlay_bench.report import Summary
@@ -20,6 +20,7 @@ from inlay_toybox.classes import BY_NAME
 
 SHOWN = ("inclusion", "affordance", "affordance_all", "psnr")
 KINDS = {
+    "": "the usual items, detailed captions",
     "terse": "terse captions: the ground and the new object alone",
     "crowded": "3 objects there already, a caption of 4 that training never had",
     "again": "a second object of the class that is there",
@@ -28,24 +29,34 @@ COLUMNS = 4  # of a picture, in which objects are counted
 
 
 def section(args: Namespace) -> str:
-    """Items of every kind: a tenth of the main comparison's, a quarter where most are made."""
+    """The main comparison's items in groups, and a tenth as many of every hard kind."""
     few = max(1, args.items // 10)
+    text = [*crowds(args.items), "", *kinds(few), "", *real_or_drawn(max(1, args.items // 4)), ""]
     main = comparison.evaluate("toybox-affordance", ("addit", "twin"), args.items, "hard-cases")
-    head = ["", "items", *(c.title for c in comparison.columns_of(main, SHOWN))]
-    lines = [row(main, "all items", range(len(main.evaluation.items)))]
+    return "\n".join([*text, *sides(few), "", *placement(main)])
+
+
+def crowds(n: int) -> list[str]:
+    """The items of the main comparison by how many objects are there already."""
+    main = comparison.evaluate("toybox-affordance", ("addit", "twin"), n, "hard-cases")
     there = [len(item.facts["things"]) for item in main.evaluation.items]
-    for count in sorted(set(there)):
-        chosen = [i for i, n in enumerate(there) if n == count]
-        lines.append(row(main, f"… {count} objects there already", chosen))
-    lines.append(row(main, "… the first, detailed captions", range(few)))
+    groups = {str(k): [i for i, n in enumerate(there) if n == k] for k in sorted(set(there))}
+    lines = [row(main, title, chosen) for title, chosen in groups.items()]
+    columns = comparison.columns_of(main, SHOWN)
+    return report.table(["objects there already", "items", *(c.title for c in columns)], lines)
+
+
+def kinds(n: int) -> list[str]:
+    """Items of each hard kind beside the usual ones."""
+    lines = []
     for kind, title in KINDS.items():
         task = tasks.load("toybox-affordance")
-        tasks.adapt(task, [f"kind={kind}"])
-        task.name = f"toybox-{kind}"
-        seen = comparison.evaluate(task, ("addit",), few)
-        lines.append(row(seen, title, range(few)))
-    text = [*report.table(head, lines), "", *real_or_drawn(max(1, args.items // 4)), "", *sides(few)]
-    return "\n".join([*text, "", *placement(main)])
+        tasks.adapt(task, [f"kind={kind}"] if kind else [])
+        task.name = "-".join(filter(None, ("toybox", kind or "affordance")))
+        bench = seeds.Bench(task, n)
+        *head, line = seeds.table(bench, {title: "addit"}, SHOWN)
+        lines.append(line)
+    return [*head, *lines, "", f"* {n} {seeds.NOTE}."]
 
 
 def row(summary: Summary, title: str, chosen: Sequence[int]) -> list[str]:
@@ -75,10 +86,11 @@ def real_or_drawn(n: int) -> list[str]:
 
 def sides(n: int) -> list[str]:
     """Left of and right of, in turns."""
-    seen = comparison.evaluate("toybox-beside", ("addit",), n)
-    keys = ("inclusion", "affordance", "side")
-    text = comparison.means(seen, {"“left of”, “right of”": "addit"}, keys)
-    return [*text, "", f"* {n} items."]
+    bench = seeds.Bench(tasks.load("toybox-beside"), n)
+    text = seeds.table(
+        bench, {"“left of”, “right of”": "addit"}, ("inclusion", "affordance", "side")
+    )
+    return [*text, "", f"* {n} {seeds.NOTE}."]
 
 
 def placement(summary: Summary) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import folders
 from inlay_bench import methods, runner, tasks
 from inlay_bench.tasks import Item, Task
 from inlay_config.errors import ConfigError
@@ -57,6 +58,16 @@ def test_a_comma_in_brackets_does_not_end_a_method() -> None:
 def test_a_variant_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'plugins.gamma' is not an override"):
         methods.build(["addit@gamma"], tasks.load("toybox-affordance"))
+
+
+def test_several_pictures_of_an_item_come_in_one_batch(tmp_path: Path) -> None:
+    task = tasks.load("toybox-affordance")
+    words = [f"model={folders.save_flux(tmp_path)}", "steps=2", "plugins={}"]
+    edit = methods.Edit("t2i", task, words, methods.Pipelines())
+    item = min(task.items(8, 0), key=lambda item: len(item.texts["target"]))
+    one, other = edit.several(item, item.picture, 2)
+    assert one.size == other.size == item.picture.size and one.tobytes() != other.tobytes()
+    assert edit(item, item.picture).size == item.picture.size
 
 
 # hard items --------------------------------------------------------------------------------------

@@ -181,6 +181,10 @@ class Edit(Method):
         self.pipelines(self.exp)
 
     def __call__(self, item: Item, source: Image.Image) -> Image.Image:
+        return self.several(item, source, 1)[0]
+
+    def several(self, item: Item, source: Image.Image, n: int) -> list[Image.Image]:
+        """n pictures of an item in one batch."""
         words = [f"{key}={item.texts[text]}" for key, text in self.run.items()]
         exp = config.load(self.path, [*self.overrides, *words])
         for plugin, option in self.task.seeds.items():
@@ -190,10 +194,10 @@ class Edit(Method):
         asked = {key: getattr(exp, key) for key in RUN}
         prompts = config.to_dict(exp)["prompt"]
         given = source if self.task.inputs == "given" else None
-        result = self._session_of(exp).run(prompts, given, mask, **asked, seed=item.seed)
-        made = to_pil(result.images["edit"])[0]
+        result = self._session_of(exp).run(prompts, given, mask, **asked, seed=item.seed, n=n)
+        made = to_pil(result.images["edit"])
         # A model that works at another size is measured at the input's.
-        return made if given is None or made.size == given.size else made.resize(given.size)
+        return [p if given is None or p.size == given.size else p.resize(given.size) for p in made]
 
     def _give(self, exp: Experiment, item: Item) -> Image.Image | None:
         """Write an item's further pictures where plugins read them; the mask is returned."""
