@@ -57,13 +57,8 @@ def imitate(
     parts = {"edit/text": count, "edit/null": len(sample) - count}
     batch = Rows.of({branch: n for branch, n in parts.items() if n})
     modules, programs = readers(unet), dict[str, Any]()
-    edits = [Edit("append", "imitation", "edit/text", from_=GIVEN, how="join")]
-    if mix != 1:
-        edits.append(Edit("mix", "imitation", "edit/text", value=1 - mix, from_="edit/text"))
     for site, hidden in read.items() if count else ():
-        given = {GIVEN: shared(modules[site], hidden, mix)}
-        acting = {"edit/text": edits}
-        programs[site] = SiteProgram(site, batch, acting, (), {}, _spans, {}, given)
+        programs[site] = program(site, batch, shared(modules[site], hidden, mix), mix)
     with Seam(modules if programs else {}) as seam:
         seam.programs = programs
         output: Tensor = unet(sample, t, tokens).sample
@@ -76,6 +71,14 @@ def shared(module: Any, hidden: Tensor, mix: float) -> Held:
     that mix leaves what is appended as it is."""
     held = project_kv(module, hidden)
     return held if held.v is None else held._replace(v=mix * held.v)
+
+
+def program(site: str, rows: Rows, given: Held, mix: float) -> SiteProgram:
+    """What a site computes where "edit/text" of `rows` reads what `shared` made."""
+    edits = [Edit("append", "imitation", "edit/text", from_=GIVEN, how="join")]
+    if mix != 1:
+        edits.append(Edit("mix", "imitation", "edit/text", value=1 - mix, from_="edit/text"))
+    return SiteProgram(site, rows, {"edit/text": edits}, (), {}, _spans, {}, {GIVEN: given})
 
 
 def _spans(queries: int, keys: int) -> tuple[dict[str, slice], dict[str, slice]]:
