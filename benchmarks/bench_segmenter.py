@@ -21,13 +21,13 @@ def bench_sam2_is_loaded_once(benchmark, monkeypatch):
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     prompts = config.to_dict(experiment)["prompt"]
     loads = []
-    real = segmentation.build
+    real = segmentation.read
 
-    def counted(file):
-        loads.append(file)
-        return real(file)
+    def counted(folder):
+        loads.append(folder)
+        return real(folder)
 
-    monkeypatch.setattr(segmentation, "build", counted)
+    monkeypatch.setattr(segmentation, "read", counted)
     segmentation.load.cache_clear()
     spent = []
 

@@ -168,8 +168,8 @@ def test_a_map_without_contrast_asks_no_segmenter(stub):
 
 def test_a_segmenter_is_loaded_once_per_process(monkeypatch):
     segmentation.load.cache_clear()
-    real, counted = segmentation._predictor, []
-    monkeypatch.setattr(segmentation, "_predictor", lambda *a: counted.append(a) or real(*a))
+    real, counted = segmentation.read, []
+    monkeypatch.setattr(segmentation, "read", lambda *a: counted.append(a) or real(*a))
     with warnings.catch_warnings():  # a random model's picture may hold no object, which is told
         warnings.simplefilter("ignore")
         for localiser in ("points", "box", "mask"):

@@ -117,7 +117,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path):
 def test_a_checkpoint_goes_with_its_configuration(tmp_path, monkeypatch):
     torch.manual_seed(0)
     with resources.as_file(resources.files("sam2") / "configs/sam2.1/sam2.1_hiera_t.yaml") as file:
-        model = segmentation.build(file)
+        model = segmentation.described(file)
     name = checkpoint(tmp_path, {"model": model.state_dict()})
     loaded = segmentation.load(name, "sam2.1_hiera_t")
     assert torch.equal(loaded.predictor.model.no_mem_embed, model.no_mem_embed)

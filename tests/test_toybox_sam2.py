@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import inlay_toybox
 from inlay import ModelError
+from inlay_plugins.segmentation import described
 from inlay_toybox import segmenter, training, world
 from inlay_toybox.quality import segmentation
 from inlay_toybox.recipes import sam2
@@ -71,7 +72,7 @@ def test_the_packages_own_configuration_reader_builds_the_same_model():
 
 def test_the_packages_own_configurations_are_built():
     with resources.as_file(resources.files("sam2") / "configs/sam2.1/sam2.1_hiera_t.yaml") as file:
-        model = segmenter.build(segmenter.read_config(file))
+        model = described(file)
     assert sum(p.numel() for p in model.parameters()) // 100_000 == 389  # 38.9 M as published
     side = segmenter.predictor(model)._bb_feat_sizes
     assert side == [(256, 256), (128, 128), (64, 64)]
@@ -164,28 +165,27 @@ def test_measuring_counts_a_perfect_and_an_empty_mask():
         ({"_target_": "os.system"}, "os.system"),
         ({"_target_": "sam2.modeling.sam2_base.torch.hub.load"}, "torch.hub.load"),
         ({"weights_path": "elsewhere.pt"}, "weights_path"),
-        ({"stages": [1, 2]}, "Hiera cannot be built"),
-        ({"embed_dim": 24}, "ImageEncoder cannot be built"),
+        ({"stages": [1, 2]}, "Hiera"),
+        ({"embed_dim": 24}, "ImageEncoder"),
     ],
 )
 def test_a_configuration_builds_sam_2_and_nothing_else(folder, change, message):
     config = yaml.safe_load((folder / segmenter.CONFIG).read_text())
     config["model"]["image_encoder"]["trunk"].update(change)
     (folder / segmenter.CONFIG).write_text(yaml.safe_dump(config))
-    with pytest.raises(ModelError, match=message) as told:
+    with pytest.raises(ModelError, match=message):
         segmenter.load(folder)
-    assert "image_encoder" in str(told.value)
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(folder):
     (folder / segmenter.CONFIG).write_text("model: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ModelError, match="not YAML"):
+    with pytest.raises(ModelError, match="no SAM 2 is described there"):
         segmenter.load(folder)
     (folder / segmenter.CONFIG).write_text("model: 3")
-    with pytest.raises(ModelError, match="no SAM2Base"):
+    with pytest.raises(ModelError, match="no SAM 2 is described there: 3"):
         segmenter.load(folder)
     (folder / segmenter.CONFIG).unlink()
-    with pytest.raises(ModelError, match=r"config\.yaml is missing"):
+    with pytest.raises(ModelError, match=r"config\.yaml: no SAM 2 is described there: .*No such"):
         segmenter.load(folder)
 
 
@@ -196,7 +196,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder):
     with pytest.raises(ModelError, match=name):
         segmenter.load(folder)
     (folder / segmenter.WEIGHTS).write_bytes(b"not safetensors at all")
-    with pytest.raises(ModelError, match="damaged"):
+    with pytest.raises(ModelError, match="no checkpoint of SAM 2"):
         segmenter.load(folder)
 
 

@@ -7,7 +7,7 @@ picture or the source's has paid to the words so far. Nothing is localised befor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay import AttnSite, ConfigError, Needs, Plugin, Run, Step, hookimpl
+from inlay import ConfigError, Needs, Plugin, Run, Step, hookimpl
+from inlay_plugins.word_sites import word_sites
 
-UNET_SIDE = 16  # cells per side of the maps with the clearest shapes (SD at 512 px)
-DEPTHS = tuple(block / 18 for block in (11, 12, 14, 17, 18))  # of FLUX's double blocks
+DEPTHS = {"double": tuple(block / 18 for block in (11, 12, 14, 17, 18))}  # as for FLUX
 
 
 class LocalBlend(Plugin):
@@ -62,7 +62,7 @@ class LocalBlend(Plugin):
             ("source/text", "words"): _list(cfg.source_words) or _list(cfg.words),
             ("source/text", "subtract"): _list(cfg.source_subtract) or _list(cfg.subtract),
         }
-        self.sites = _sites(need, cfg.sites or (), f"{where}.sites")
+        self.sites = word_sites(need, cfg.sites or (), f"{where}.sites", DEPTHS)
         need.lane("source", prompt="source", n=need.request.n, active=range(self.steps.stop))
         for (branch, part), listed in self.words.items():
             own = branch == "source/text" and _list(getattr(cfg, f"source_{part}"))
@@ -153,21 +153,3 @@ def _columns(run: Run, step: Step, name: str, site: str, tokens: Iterable[int]) 
     """`b n t` in float32 of these tokens, which are among the probe's."""
     at = [run.words[name].index(token) for token in tokens]
     return step.probes[name][site][..., at].float()
-
-
-def _sites(need: Needs, names: Iterable[str], where: str) -> Mapping[str, AttnSite]:
-    """Probed sites by name: as asked, else by map size (cross) or by depth (joint)."""
-    known = {site.name: site for site in need.sites if site.kind != "self"}
-    if missing := [name for name in names if name not in known]:
-        raise ConfigError(f"no attention site {missing[0]!r} that sees text", where=where,
-                          fix=f"This model has {', '.join(known)}.")  # fmt: skip
-    if chosen := {name: known[name] for name in names}:
-        return chosen
-    double = [site for site in known.values() if site.block == "double"]
-    if double:
-        picked = {round(depth * (len(double) - 1)) for depth in DEPTHS}
-        return {double[i].name: double[i] for i in sorted(picked)}
-    outer = [site for site in known.values() if site.block != "mid"]
-    side = max(need.request.grid)
-    scale = min({site.scale for site in outer}, key=lambda s: abs(math.log2(side / s / UNET_SIDE)))
-    return {site.name: site for site in outer if site.scale == scale}

@@ -201,13 +201,12 @@ def load(name: str, config: str = "", device: str = "cpu") -> Segmenter:
         if not folder.is_dir():
             fix = f"Name one of {', '.join(HUB)}, a folder, or a checkpoint file."
             raise ModelError(f"'{name}' is no SAM 2 of the hub", where="segmenter", fix=fix)
-        values = _values(folder / WEIGHTS)
-        return _predictor(build(folder / CONFIG), values, folder / WEIGHTS, device)
+        return Sam2(predictor(read(folder).to(device)))
     values = _values(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # hydra's, of the package's own configuration
         model = build_sam2(config, device="cpu")
-    return _predictor(model, values, file, device)
+    return Sam2(predictor(_fitted(model, values, file).to(device)))
 
 
 def configurations() -> dict[str, str]:
@@ -220,19 +219,30 @@ def configurations() -> dict[str, str]:
     return {name.removesuffix(".yaml"): f"{folder}/{name}" for folder, name in sorted(listed)}
 
 
-def build(file: Path) -> Any:
-    """The model that a configuration describes, with random weights. It names classes, and only
-    those that the package's own configurations name are built, so that no folder runs code.
-    Raises ModelError."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+def read(folder: Path) -> Any:
+    """The model of a folder with config.yaml and model.safetensors. Raises ModelError when a file
+    is missing or none, and when they do not fit."""
+    return _fitted(described(folder / CONFIG), _values(folder / WEIGHTS), folder / WEIGHTS)
 
-    where = str(file)
+
+def described(file: Path) -> Any:
+    """The model that a configuration file describes, see `build`. Raises ModelError."""
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         given = tree["model"]  # type: ignore[index,call-overload]
     except Exception as error:  # YAML's, OmegaConf's, and a mapping that is none
-        raise ModelError(f"no SAM 2 is described there: {error}", where=where) from error
+        raise ModelError(f"no SAM 2 is described there: {error}", where=str(file)) from error
+    return build(given, str(file))
+
+
+def build(given: Any, where: str) -> Any:
+    """A model with random weights, of its configuration. It names classes, and only those that the
+    package's own configurations name are built, so that nobody's runs code. Raises ModelError."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    if not isinstance(given, dict):
+        raise ModelError(f"no SAM 2 is described there: {given!r}", where=where)
     ours = resources.files("sam2")
     shipped = (OmegaConf.load(str(ours / path)) for path in configurations().values())
     known = {
@@ -288,10 +298,8 @@ def _values(file: Path) -> dict[str, Tensor]:
         raise ModelError(f"no checkpoint of SAM 2: {reason}", where=str(file)) from error
 
 
-def _predictor(model: Any, values: dict[str, Tensor], file: Path, device: str) -> Sam2:
+def _fitted(model: Any, values: dict[str, Tensor], file: Path) -> Any:
     """The model with a checkpoint's values. Raises ModelError when they do not fit."""
-    from sam2.sam2_image_predictor import SAM2ImagePredictor
-
     try:
         model.load_state_dict(values)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -299,13 +307,20 @@ def _predictor(model: Any, values: dict[str, Tensor], file: Path, device: str) -
         fix = "Name the configuration that it was trained with."
         problem = f"the checkpoint does not fit its configuration: {reason}"
         raise ModelError(problem, where=str(file), fix=fix) from error
+    return model
+
+
+def predictor(model: Any) -> Any:
+    """The package's image predictor over a model of any size."""
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)
-        predictor = SAM2ImagePredictor(model.to(device).eval().requires_grad_(False))
+        made = SAM2ImagePredictor(model.eval().requires_grad_(False))
     # The package writes down the feature maps of 1024-pixel models; these are the model's own.
     side = model.image_size // model.backbone_stride
-    predictor._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
-    return Sam2(predictor)
+    made._bb_feat_sizes = [(4 * side, 4 * side), (2 * side, 2 * side), (side, side)]
+    return made
 
 
 def _load_onnx(name: str, device: str) -> OnnxSam2:

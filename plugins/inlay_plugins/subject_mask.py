@@ -11,7 +11,6 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -23,10 +22,10 @@ from inlay import AttnSite, ConfigError, InputError, Needs, Plugin, Run, Step, h
 from inlay_plugins import detection, masks, segmentation
 from inlay_plugins.schedules import step_index
 from inlay_plugins.segmentation import Hint
+from inlay_plugins.word_sites import word_sites
 
 # Double blocks 13, 14, 18 of 19 and single blocks 23, 33 of 38, as published, by relative depth.
 DEPTHS = {"double": (13 / 18, 14 / 18, 1.0), "single": (23 / 37, 33 / 37)}
-UNET_SIDE = 16  # cells per side of the cross-attention maps with the clearest shapes (SD at 512 px)
 FUNCTION_WORDS = re.compile(
     "an?|the|this|that|its?|his|her|their|some|and|or|with|of|in|on|at|by|to|from|into|near|beside|"
     "behind|above|below|under|over|is|are|there",
@@ -124,7 +123,7 @@ class SubjectMask(Plugin):
         cfg = self.cfg
         self.last = step_index(cfg.step, need.request.steps, f"{where}.step")
         recorded = range(max(self.last - cfg.count + 1, 0), self.last + 1)
-        self.sites = _sites(need, cfg.sites, f"{where}.sites")
+        self.sites = word_sites(need, cfg.sites, f"{where}.sites", DEPTHS)
         names = frozenset(self.sites)
         given = [cfg.subject] if isinstance(cfg.subject, str) else list(cfg.subject)
         words = given if any(given) else [infer_subject(need.request.prompt, f"{where}.subject")]
@@ -303,26 +302,6 @@ def infer_subject(prompt: Any, where: str) -> str:
         raise ConfigError(f"prompt.edit adds {found} to prompt.source", where=where,
                           fix="Say which words of prompt.edit are the subject.")  # fmt: skip
     return phrases[0]
-
-
-def _sites(need: Needs, names: Iterable[str], where: str) -> dict[str, AttnSite]:
-    """Recorded sites by name: as asked, else by depth (joint) or by map size (cross)."""
-    known = {site.name: site for site in need.sites if site.kind != "self"}
-    if missing := [name for name in names if name not in known]:
-        raise ConfigError(f"no attention site {missing[0]!r} that sees text", where=where,
-                          fix=f"This model has {', '.join(known)}.")  # fmt: skip
-    if chosen := {name: known[name] for name in names}:
-        return chosen
-    for block, depths in DEPTHS.items():
-        inside = [site for site in known.values() if site.block == block]
-        picked = {round(depth * (len(inside) - 1)) for depth in depths} if inside else ()
-        chosen |= {inside[i].name: inside[i] for i in sorted(picked)}
-    if chosen:
-        return chosen
-    cross = [site for site in known.values() if site.block != "mid"]
-    side = max(need.request.grid)
-    scale = min({site.scale for site in cross}, key=lambda s: abs(math.log2(side / s / UNET_SIDE)))
-    return {site.name: site for site in cross if site.scale == scale}
 
 
 def _picture(total: Tensor, site: AttnSite, grid: tuple[int, int]) -> Tensor:
