@@ -33,12 +33,13 @@ TOYBOX = {"image": 0.3, "caption": 0.75, "direction": 0.6}
 @dataclass(frozen=True)
 class Making:
     """samples: pictures for a caption pair, half of them with a p of their own. keep: how many at
-    most. shares, scales: ranges of p and of the guidance. least: similarities."""
+    most. shares, scales: ranges of p and of the guidance. least: similarities. What is None is as
+    published, or as suits the toybox's models."""
 
     samples: int = 8
     keep: int = 4
     shares: tuple[float, float] = (0.1, 0.9)
-    scales: tuple[float, float] = (2.0, 4.0)
+    scales: tuple[float, float] | None = None
     least: dict[str, float] | None = None
 
 
@@ -75,6 +76,7 @@ class Maker:
         self.pipe = backbones.load(folder, exp.dtype, exp.device, exp.offload, exp.revision)
         shipped = exp.model.startswith("toybox/")
         self.least = making.least or (TOYBOX if shipped else PUBLISHED)
+        self.scales = making.scales or ((2.0, 4.0) if shipped else (7.5, 15.0))
 
     @torch.no_grad()
     def __call__(self, words: pairs.Triplet, seed: int) -> list[tuple[Any, Any, dict[str, Any]]]:
@@ -83,7 +85,7 @@ class Maker:
         found = []
         for part in range(2):
             share = float(rng.uniform(*self.making.shares))
-            scale = float(rng.uniform(*self.making.scales))
+            scale = float(rng.uniform(*self.scales))
             made = self._draw(words, share, scale, seed * 2 + part, self.making.samples // 2)
             told = (words.before, words.after)
             before, after = (made[key].float().cpu() for key in ("source", "edit"))
