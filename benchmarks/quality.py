@@ -16,6 +16,7 @@ from pathlib import Path
 import ablations
 import blending
 import comparison
+import exemplars
 import hard_cases
 import insertion
 import localisers
@@ -50,6 +51,9 @@ SECTIONS: dict[str, Section] = {
     "localisers": localisers.section,
     "toybox-additing": insertion.additing,
     "blending": blending.section,
+    "exemplars": exemplars.filling,
+    "exemplar-guidance": exemplars.guidance,
+    "imitation": exemplars.imitating,
 }
 
 
