@@ -286,6 +286,14 @@ def scribble(made, without):
     torch.testing.assert_close(made.board["latent:scribbled"], again)
 
 
+def extrapolate(made, without):
+    whole, mask = made.picture, made.board["mask:new"]
+    canvas = made.board["image:original"]
+    assert whole.shape[-2:] == canvas.shape[-2:] == mask.shape[-2:]
+    assert torch.equal(whole * (mask == 0), canvas * (mask == 0).expand_as(whole))
+    assert ((whole - canvas).abs() * mask).amax((1, 2, 3)).min() > 0
+
+
 def latent_optimisation(made, without):
     run = made.record.run
     mask = masks.resize(made.board["mask:user"], run.backbone.grid(run.size))
@@ -529,6 +537,11 @@ CASES = {
         ("source_trajectory",),
         draws=False,
         board=("latent:scribbled",),
+    ),
+    "extrapolate": Case(
+        "the picture is larger, and the pixels that were there are the original's, bit for bit",
+        extrapolate,
+        model="pictures that grow",
     ),
     "latent_optimisation": Case(
         "the denoiser draws nothing of the edit, and latents outside the mask are the source's, "
