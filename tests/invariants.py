@@ -6,16 +6,20 @@ check is called as `holds(made, without)`: the run of a pair, and the run withou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import inlay_toybox
 from inlay.backbones import text
 from inlay_plugins import clips, masks
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
+SHOWN = Path(inlay_toybox.__file__).parent / "sprites" / "1f335.webp"
 
 
 @dataclass(frozen=True)
@@ -302,6 +306,15 @@ def latent_optimisation(made, without):
     assert not made.record.steps
 
 
+def exemplar_attention(made, without):
+    for call, branch in made.record.edited("exemplar_attention"):
+        seen = call.share(branch, ("exemplar/text", "image"))[..., 0].mean(1)
+        side = math.isqrt(seen.shape[1])
+        looks = masks.resize(made.board["mask:user"], (side, side)).flatten() >= 0.5
+        assert branch == "edit/text" and seen[:, looks].mean() > 1e-3
+        assert seen[:, ~looks].max() < 1e-9
+
+
 def attention_injection(made, without):
     """The edit's own queries and keys of the picture may be anything."""
     generator = torch.Generator().manual_seed(0)
@@ -324,6 +337,12 @@ def null_text(made, without):
     assert run.conds["edit/null"] is run.conds["source/null_text"]
 
 
+def crop_and_zoom(made, without):
+    assert made.board["box:crop"] == (0, 0, *made.board["image:original"].shape[:-3:-1])
+    assert torch.equal(made.board["image:source"], without.board["image:source"])
+    assert torch.equal(made.picture, without.picture)
+
+
 def letterbox(made, without):
     assert made.board["box:letterbox"] == (0, 0, *made.board["image:source"].shape[:-3:-1])
     assert torch.equal(made.board["image:source"], without.board["image:source"])
@@ -339,6 +358,13 @@ def reconstruct_background(made, without):
 
 
 CASES = {
+    "crop_and_zoom": Case(
+        "where nothing is enlarged the box is the picture, and no bit of the picture changes",
+        crop_and_zoom,
+        {"zoom": 1.0},
+        draws=False,
+        board=("box:crop",),
+    ),
     "letterbox": Case(
         "a picture of the frame's shape fills it, and no bit of the picture changes",
         letterbox,
@@ -548,6 +574,12 @@ CASES = {
         "bit for bit",
         latent_optimisation,
         model="losses in a denoiser's place",
+    ),
+    "exemplar_attention": Case(
+        "inside the mask, and nowhere else, the edit's picture looks at the exemplar, in rows with "
+        "the prompt",
+        exemplar_attention,
+        {"image": str(SHOWN)},
     ),
     "imitation": Case(
         "the null prompt is CLIP's view of nothing; in the middle and on the way up the other row "

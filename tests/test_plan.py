@@ -1,5 +1,6 @@
 """The plan: what is decided before the first step, and every conflict that is refused there."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -346,7 +347,9 @@ PICTURED = {  # experiments that want pictures of the caller's
     "instruct_sd15": ["input.image"],
     "magicbrush": ["input.image"],
     "erasedraw": ["input.image"],
+    "crop_and_zoom": ["input.image", "input.mask"],
     "exemplar": ["input.image", "input.mask", "plugins.exemplar.image"],
+    "exemplar_attention": ["input.image", "input.mask", "plugins.exemplar_attention.image"],
     "mimicbrush": ["input.image", "input.mask", "plugins.imitation.image"],
     "blended_image_guided": ["plugins.clip_guidance.images"],
     "blended_piece": ["plugins.scribble.picture"],
@@ -364,7 +367,7 @@ def test_a_shipped_experiment_is_planned_as_recorded(folder, name, tmp_path):
         over += [f"model={folder}", "size=32", "scheduler=null"]
     Image.new("RGB", (32, 32)).save(picture := tmp_path / "picture.png")
     over += [f"{key}={picture}" for key in PICTURED.get(name, ())]
-    made = plan_experiment(config.load(name, over))
+    made = plan_experiment(config.load(name, over), partial(config.load, name, over))
     assert str(made) + "\n" == (RECORDED / f"{name}.txt").read_text()
 
 
@@ -376,6 +379,19 @@ def test_a_published_model_is_described_whole(name):
     held = {(p.device.type, p.dtype) for network in networks for p in network.parameters()}
     assert len(networks) >= 3 and held == {("meta", torch.bfloat16)}
     assert sum(p.numel() for p in adapt(pipe).denoiser.parameters()) == PUBLISHED[name]
+
+
+TEXT_DRIVEN = [
+    "source_trajectory", "structure_transfer", "weighted_attention", "subject_mask", "latent_blend",
+    "presence", "prompt_to_prompt", "local_blend", "attention_injection", "null_text", "sdedit",
+    "flow_edit", "rf_inversion",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plugin", TEXT_DRIVEN)
+def test_every_text_driven_method_is_there_for_the_toybox_and_for_a_full_size_model(plugin):
+    using = {e.model for name in SHIPPED if plugin in (e := config.load(name)).plugins}
+    assert using & PUBLISHED.keys() and any(model.startswith("toybox/") for model in using)
 
 
 def test_every_hub_model_of_the_experiments_is_described():
