@@ -114,8 +114,8 @@ def around(
     y, x = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     left, top, right, bottom = int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
     shape = size[1] / size[0]
-    most, side = min(rows, columns / shape), max(bottom - top, right - left) * (1 + 2 * margin)
-    tall = min(max(side, side / shape, most / zoom), most)
+    most, more = min(rows, columns / shape), 2 * margin * max(bottom - top, right - left)
+    tall = min(max(bottom - top + more, (right - left + more) / shape, most / zoom), most)
     high, wide = round(tall), round(tall * shape)
     if high < bottom - top or wide < right - left or (zoom == 1 and tall == most):
         return whole
