@@ -340,7 +340,12 @@ PUBLISHED = {  # described by configurations that ship here: parameters of the d
     "timbrooks/instruct-pix2pix": 859_532_484,
     "Fantasy-Studio/Paint-by-Example": 859_535_364,
 }
-TINY = {"toybox/ddpm": pixel, "toybox/sd": stable_diffusion, "mimicbrush": mimicbrush}
+TINY = {
+    "toybox/ddpm": pixel,
+    "256x256_diffusion_uncond.pt": pixel,
+    "toybox/sd": stable_diffusion,
+    "mimicbrush": mimicbrush,
+}
 TINY |= {f"toybox/{name}": instruct_pix2pix for name in ("instruct", "magicbrush", "erasedraw")}
 PICTURED = {  # experiments that want pictures of the caller's
     "instruct": ["input.image"],

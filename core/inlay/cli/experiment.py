@@ -53,15 +53,15 @@ def load(exp: Experiment) -> Any:
     return backbones.load(folder, exp.dtype, exp.device, exp.offload, exp.revision)
 
 
-def plan_experiment(exp: Experiment) -> Plan:
-    """The plan of an experiment; no weight is loaded."""
-    return planned(exp)[1]
+def plan_experiment(exp: Experiment, load_layer: insertion.Load | None = None) -> Plan:
+    """The plan of an experiment; no weight is loaded. load_layer: see `insertion.first`."""
+    return planned(exp, load_layer)[1]
 
 
-def planned(exp: Experiment) -> tuple[Session, Plan]:
+def planned(exp: Experiment, load_layer: insertion.Load | None = None) -> tuple[Session, Plan]:
     """A session on the bare skeleton of the model, and the plan it made; of a scene, for its first
     object."""
-    exp = insertion.first(exp)
+    exp = insertion.first(exp, load_layer)
     pipe = backbones.skeleton(registry.resolve_model(exp.model), exp.revision, exp.dtype)
     given = {kind: path for kind, path in vars(exp.input).items() if path}
     shape = images.open_image(given["image"]).size[::-1] if "image" in given else None

@@ -86,11 +86,13 @@ def write(state: State, folder: Path) -> None:
         images.save(scene_sheet(_rows(state, folder)), folder / "sheet.png")
 
 
-def first(exp: Experiment) -> Experiment:
-    """The experiment of a scene's first object; of no scene, itself."""
+def first(exp: Experiment, load: Load | None = None) -> Experiment:
+    """The experiment of a scene's first object; of no scene, itself. load: with a layer over its
+    file; None: over `exp`, where references such as ${subject} have their values already."""
     if not exp.scene:
         return exp
-    return _asked(lambda layer: config.over(exp, layer), exp, 0, exp.input.image, 0)
+    layered = load or (lambda layer: config.over(exp, layer))
+    return _asked(layered, exp, 0, exp.input.image, 0)
 
 
 def play(name: str, overrides: list[str], folder: Path, quiet: bool = False) -> dict[str, Any]:

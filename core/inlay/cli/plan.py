@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -22,7 +23,7 @@ def plan(
     loaded = config.load(experiment, overrides or ())
     from inlay.cli.experiment import planned
 
-    session, decided = planned(loaded)
+    session, decided = planned(loaded, partial(config.load, experiment, overrides or ()))
     if not sites:
         from inlay.cli.words import find_words, words_data, words_table
 
