@@ -6,6 +6,7 @@ on every machine up to rounding.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -224,11 +225,38 @@ def guided_addit() -> list[Panel]:
     return [*panels, ("its mask", mask), ("and CLIP guidance", edit(made))]
 
 
+def exemplar_attention() -> list[Panel]:
+    """Two exemplars, and what is drawn into an empty meadow without and with a look at them."""
+    meadow = next(s for s in map(world.sample, range(1000)) if s.ground == "grass" and not s.sunset)
+    meadow, panels = dataclasses.replace(meadow, things=()), list[Panel]()
+    with TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.png" for name in ("image", "mask", "exemplar")}
+        Image.fromarray(world.render(meadow, 64).image).save(files["image"])
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (12, 18, 52, 56))
+        mask.save(files["mask"])
+        said = [f"input.{name}={files[name]}" for name in ("image", "mask")]
+        said.append(f"plugins.exemplar_attention.image={files['exemplar']}")
+        for colour in ("red", "green"):
+            bus = world.Thing("bus", colour, 0.5, 0.93, 0.86)
+            shown = Image.fromarray(
+                world.render(dataclasses.replace(meadow, things=(bus,)), 64).image
+            )
+            shown.save(files["exemplar"])
+            if not panels:
+                plain = drawn("exemplar_attention", *said, plugin=False)
+                panels.append(("prompt alone", edit(plain)))
+            made = edit(drawn("exemplar_attention", *said))
+            panels += [("exemplar", shown), ("looked at", made)]
+    return panels
+
+
 FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     "attention": (
         reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
     ),
     "blended": (add, replace, remove, background, algorithms),
+    "exemplars": (exemplar_attention,),
     "edits": (sdedit, flow_edit, rf_inversion),
     "together": (guided_addit, words_in_a_box),
     "words": (replace_word, refine, weigh, only_there, injection, inversions),

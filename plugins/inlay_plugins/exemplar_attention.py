@@ -52,7 +52,7 @@ class ExemplarAttention(Plugin):
         prompt: Literal["edit", "source", "negative"] = "edit"
         scale: float = 1.0
         shift: float = 0.0
-        active: Any = field(default_factory=lambda: [0.0, 0.7])
+        active: Any = field(default_factory=lambda: [0.0, 0.85])
         depth: list[float] = field(default_factory=lambda: [0.0, 1.0])
         seed: int = 6311
 
