@@ -20,6 +20,7 @@ import exemplars
 import hard_cases
 import insertion
 import localisers
+import synthetic_data
 
 from inlay.cli.run import hush_loading_bars
 from inlay_bench import report
@@ -51,6 +52,7 @@ SECTIONS: dict[str, Section] = {
     "localisers": localisers.section,
     "toybox-additing": insertion.additing,
     "blending": blending.section,
+    "synthetic-data": synthetic_data.section,
     "exemplars": exemplars.filling,
     "exemplar-guidance": exemplars.guidance,
     "imitation": exemplars.imitating,

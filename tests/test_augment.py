@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import typer
-from PIL import Image, ImageDraw
+from PIL import Image
 from typer.testing import CliRunner
 
 from inlay import ConfigError, InputError
@@ -69,11 +69,15 @@ def test_pictures_masks_and_annotations_belong_together(made):
         assert ours["area"] == mask.sum() > 0
         x, y, width, height = ours["bbox"]
         assert mask[y : y + height, x : x + width].sum() == mask.sum()
-        drawn = Image.new("1", mask.shape[::-1])
-        for polygon in ours["segmentation"]:
-            ImageDraw.Draw(drawn).polygon(polygon, fill=1)
-        both, either = (np.asarray(drawn) & mask).sum(), (np.asarray(drawn) | mask).sum()
-        assert both / either > 0.6
+        drawn = coco.inside(ours["segmentation"], mask.shape)
+        assert (drawn & mask).sum() / (drawn | mask).sum() > 0.9
+
+
+def test_polygons_enclose_the_pixels_they_were_drawn_around():
+    mask = np.zeros((24, 32), bool)
+    mask[3:11, 2:9], mask[15:20, 20:32] = True, True  # apart, one at the edge
+    drawn = coco.inside(coco.annotation(mask)["segmentation"], mask.shape)
+    assert (drawn != mask).sum() <= 8  # a corner each
 
 
 def test_the_mask_is_where_the_picture_changed(made, folder):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from skimage import measure
+from skimage.draw import polygon2mask
 from skimage.morphology import closing, disk
 
 from inlay_config.errors import InputError
@@ -43,6 +44,15 @@ def annotation(mask: Mask) -> dict[str, Any]:
         "segmentation": polygons,
         "iscrowd": 0,
     }
+
+
+def inside(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Mask:
+    """The pixels `h w` that polygons (x, y, x, y, ..., in pixels from the corner) enclose."""
+    mask = np.zeros(size, bool)
+    for polygon in polygons:
+        corners = np.reshape(polygon, (-1, 2))[:, ::-1] - 0.5  # of pixels' middles
+        mask |= polygon2mask(size, corners)
+    return mask
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -43,11 +43,11 @@ def detector_accuracy(
                 latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode()
                 images = (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
         for scene, truth, seen in zip(part, drawn, detector.detect(images, THRESHOLD), strict=True):
-            _compare(scene, truth, seen, shares)
+            compare(scene, truth, seen, shares)
     return shares
 
 
-def _compare(
+def compare(
     scene: world.Scene, truth: world.Rendering, seen: Detections, shares: dict[str, Share]
 ) -> None:
     """Count one picture's detections against the truth."""
