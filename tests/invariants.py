@@ -6,7 +6,6 @@ check is called as `holds(made, without)`: the run of a pair, and the run withou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,15 @@ import torch.nn.functional as F
 import inlay_toybox
 from inlay.backbones import text
 from inlay_plugins import clips, masks
+from invariants_pictured import (
+    crop_and_zoom,
+    exemplar,
+    exemplar_attention,
+    extrapolate,
+    imitation,
+    instruct,
+    scribble,
+)
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 SHOWN = Path(inlay_toybox.__file__).parent / "sprites" / "1f335.webp"
@@ -248,71 +256,12 @@ def presence(made, without):
     assert torch.equal(made.picture, without.picture)
 
 
-def instruct(made, without):
-    for step in made.record.steps:
-        text, image, null = (step.preds[f"edit/{role}"] for role in ("text", "image", "null"))
-        mixed = -0.5 * null + (1.5 - 3) * image + 3 * text  # s_I = 1.5, s_T = 3
-        torch.testing.assert_close(step.output["edit"], mixed, **CLOSE)
-
-
-def exemplar(made, without):
-    run = made.record.run
-    assert run.conds["edit/text"].embeds.shape[1] == 1
-    null = run.backbone.pipe.image_encoder.uncond_vector
-    assert torch.equal(run.conds["edit/null"].embeds, null)
-    assert not torch.equal(run.conds["edit/text"].embeds, null)
-    for step in made.record.steps:
-        text, null = step.preds["edit/text"], step.preds["edit/null"]
-        torch.testing.assert_close(step.output["edit"], null + 5 * (text - null))
-
-
-def imitation(made, without):
-    run = made.record.run
-    null, text = (run.conds[f"edit/{role}"].embeds for role in ("null", "text"))
-    assert torch.equal(null, run.backbone.encode_text("").embeds)
-    assert text.shape == null.shape and not torch.equal(text, null)
-    assert {site.split("_")[0] for site in run.plan.sites} == {"mid", "up"}
-    for call in made.record.calls:
-        rows, given = call.program.rows["edit/text"], call.program.given["kv:exemplar"]
-        q, k, v = (part[rows] for part in call.args[:3])
-        keys, values = torch.cat([k, given.k], 2), torch.cat([v, given.v / 0.5], 2)
-        joint, own = (F.scaled_dot_product_attention(q, *kv) for kv in ((keys, values), (k, v)))
-        answer = call.answer(call.args[2])[rows]
-        torch.testing.assert_close(answer, (joint + own) / 2, rtol=1e-4, atol=1e-5)
-
-
-def scribble(made, without):
-    drawn, mask = made.result.images["scribble"], made.board["mask:user"]
-    source = made.board["image:source"]
-    assert torch.equal(drawn * (mask == 0), source * (mask == 0))
-    assert torch.equal(drawn[0, :, 22, 16], torch.tensor([1.0, 0, 0]))
-    again = made.record.run.backbone.encode_image(drawn)
-    torch.testing.assert_close(made.board["latent:scribbled"], again)
-
-
-def extrapolate(made, without):
-    whole, mask = made.picture, made.board["mask:new"]
-    canvas = made.board["image:original"]
-    assert whole.shape[-2:] == canvas.shape[-2:] == mask.shape[-2:]
-    assert torch.equal(whole * (mask == 0), canvas * (mask == 0).expand_as(whole))
-    assert ((whole - canvas).abs() * mask).amax((1, 2, 3)).min() > 0
-
-
 def latent_optimisation(made, without):
     run = made.record.run
     mask = masks.resize(made.board["mask:user"], run.backbone.grid(run.size))
     moved = (made.result.latents["edit"] - made.board["latent:source"]).abs()
     assert (moved * (run.backbone.from_grid(mask) == 0)).max() == 0 < moved.max()
     assert not made.record.steps
-
-
-def exemplar_attention(made, without):
-    for call, branch in made.record.edited("exemplar_attention"):
-        seen = call.share(branch, ("exemplar/text", "image"))[..., 0].mean(1)
-        side = math.isqrt(seen.shape[1])
-        looks = masks.resize(made.board["mask:user"], (side, side)).flatten() >= 0.5
-        assert branch == "edit/text" and seen[:, looks].mean() > 1e-3
-        assert seen[:, ~looks].max() < 1e-9
 
 
 def attention_injection(made, without):
@@ -337,12 +286,6 @@ def null_text(made, without):
     assert run.conds["edit/null"] is run.conds["source/null_text"]
 
 
-def crop_and_zoom(made, without):
-    assert made.board["box:crop"] == (0, 0, *made.board["image:original"].shape[:-3:-1])
-    assert torch.equal(made.board["image:source"], without.board["image:source"])
-    assert torch.equal(made.picture, without.picture)
-
-
 def letterbox(made, without):
     assert made.board["box:letterbox"] == (0, 0, *made.board["image:source"].shape[:-3:-1])
     assert torch.equal(made.board["image:source"], without.board["image:source"])
@@ -355,6 +298,11 @@ def reconstruct_background(made, without):
     off = [((x - made.board["image:source"]) * (1 - mask)).square().mean() for x in
            (made.picture, plain)]  # fmt: skip
     assert off[0] < off[1]
+
+
+def ip_adapter(made, without):
+    assert made.board["kv:picture"] == {}  # its tensors are not kept
+    assert not torch.equal(made.latents["edit"], without.latents["edit"])
 
 
 CASES = {
@@ -548,6 +496,12 @@ CASES = {
         "outside the mask its picture is nearer to the source than the decoded latent is",
         reconstruct_background,
         {"steps": 5, "rate": 1e-3, "mask": "mask:user"},
+    ),
+    "ip_adapter": Case(
+        "the picture's tokens are attended to beside the words, by a softmax of their own",
+        ip_adapter,
+        board=("kv:picture", "kv:no_picture"),
+        model="an IP-Adapter's weights",
     ),
     "exemplar": Case(
         "the prompt is one token of the exemplar, the null prompt the model's own, and guidance "
