@@ -1,4 +1,4 @@
-"""What stays true of the plugins that take a further picture or change the frame; see invariants.py."""
+"""What stays true of plugins that take a further picture or change the frame; see invariants.py."""
 
 from __future__ import annotations
 
