@@ -8,10 +8,12 @@ from pathlib import Path
 MODELS: dict[str, str] = {
     "flux": "text-to-image, FluxPipeline layout, 64 px",
     "sd": "text-to-image, StableDiffusionPipeline layout, 64 px",
+    "instruct": "InstructPix2Pix, StableDiffusionInstructPix2PixPipeline layout, 64 px",
     "clip": "pictures and captions in one space, CLIPModel layout; guides",
     "judge": "another CLIPModel, trained otherwise; only ever judges",
     "ddpm": "unconditional, over pixels, learned variance, DDPMPipeline layout, 64 px",
     "detector": "finds and masks the toybox's 32 classes",
+    "paint-by-example": "fills a hole as an exemplar says, PaintByExamplePipeline layout, 64 px",
     "sam2": "masks what is clicked or boxed, for the sam2 package's image predictor",
 }
 
