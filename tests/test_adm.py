@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from inlay.backbones.adm import Order, convert, load_adm
+from inlay.cli.experiment import execute, plan_experiment
 from inlay.cli.main import app
+from inlay_config import config
 from inlay_config.errors import InlayError, ModelError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -221,3 +223,21 @@ def test_damaged_checkpoints_are_refused_with_what_is_wrong():
     narrow["time_embed.0.weight"] = torch.empty(256, 64, device="meta")
     with pytest.raises(ModelError, match="one number for both"):
         convert(narrow)
+
+
+def test_blended_diffusion_runs_on_a_checkpoint_by_its_name(tmp_path):
+    """A model of the published kind, small, from the file that others share; and it is planned."""
+    state = checkpoint(32, (1, 2), 1, {1}, 6, True, True, device="cpu")
+    torch.save(state, file := tmp_path / "tiny_uncond.pt")
+    over = [f"model={file}", "steps=4", "n=2", "prompt.edit=a red bus", "device=cpu"]
+    over += [f"plugins.{name}.clips=[toybox/clip]" for name in ("clip_guidance", "rank")]
+    exp = config.load("blended_diffusion_adm", over)
+    planned = plan_experiment(exp)
+    assert planned.backbone == "pixel" and planned.request.size == (16, 16)
+    result = execute(exp)
+    assert result.images["edit"].shape == (2, 3, 16, 16)
+    mask = result.board["mask:region"] == 0
+    moved = (result.latents["edit"] - result.board["latent:source"]).abs()
+    assert (moved * ~mask).max() > 0.1 and (moved * mask).max() == 0
+    with pytest.raises(ModelError, match=r"no model 'gone\.pt'"):
+        execute(config.load("blended_diffusion_adm", ["model=gone.pt"]))

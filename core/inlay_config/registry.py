@@ -86,7 +86,7 @@ def resolve_model(name: str, where: str = "model", holds: str = "model_index.jso
     elif Path(name).is_dir():
         folder = Path(name)
     elif holds == "model_index.json" and Path(name).is_file():
-        if Path(name).suffix in (".ckpt", ".safetensors"):
+        if Path(name).suffix in (".ckpt", ".pt", ".safetensors"):
             return name
         fix = "Give a folder of diffusers, a hub name, or a checkpoint (.safetensors, .ckpt)."
         raise ModelError(f"'{name}' is no model", where=where, fix=fix)

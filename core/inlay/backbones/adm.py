@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from inlay_config.errors import ModelError
 
@@ -106,6 +106,19 @@ def load_adm(path: str | Path, **options: Any) -> UNet2DModel:
     if not all(torch.is_tensor(v) for v in state.values()):
         raise ModelError("it is not a plain table of tensors", where=str(path), fix=FIX)
     return convert(state, where=str(path), **options)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a model's name is a checkpoint file."""
+    return Path(path).is_file() and Path(path).suffix == ".pt"
+
+
+def pipeline(path: str | Path) -> DDPMPipeline:
+    """The checkpoint of a published model with its schedule, as ``load_adm`` reads it."""
+    model = load_adm(path)
+    pipe = DDPMPipeline(model, adm_scheduler(model))
+    pipe.register_to_config(_name_or_path=str(path))
+    return pipe
 
 
 def adm_scheduler(model: UNet2DModel) -> DDPMScheduler:

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from inlay_config.config import data_path
 from inlay_config.errors import ModelError
 
-from . import compvis
+from . import adm, compvis
 from .base import Backbone
 
 FAMILIES = {
@@ -25,7 +25,9 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
     "PixArtAlphaPipeline": "pixart:PixArt",
     "PixArtSigmaPipeline": "pixart:PixArt",
+    "LDMTextToImagePipeline": "latent_diffusion:LatentDiffusion",
     "DDPMPipeline": "pixel_unet:PixelUNet",
+    "DDIMPipeline": "pixel_unet:PixelUNet",
 }
 
 
@@ -57,7 +59,8 @@ def load(
     revision: str | None = None,
 ) -> Any:
     """A pipeline by folder or hub name, on its device: safetensors only, no remote code; or one of
-    Stable Diffusion's original checkpoints, a file, of which tensors alone are read.
+    Stable Diffusion's or guided-diffusion's original checkpoints, a file, of which tensors alone
+    are read.
 
     Raises ModelError when it cannot be loaded, or the device or offload is not to be had.
     """
@@ -75,6 +78,8 @@ def load(
     try:
         if compvis.is_file(path):
             pipe = compvis.load(path, dtype=dtype)
+        elif adm.is_file(path):
+            pipe = adm.pipeline(path).to(getattr(torch, dtype))
         else:
             pipe = DiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
@@ -98,6 +103,8 @@ def skeleton(path: str, revision: str | None = None, dtype: str = "float32") -> 
     import transformers
 
     libraries = {"diffusers": diffusers, "transformers": transformers, **_names()}
+    if adm.is_file(path):
+        return adm.pipeline(path).to("meta", getattr(torch, dtype))
     if compvis.is_file(path):
         path = compvis.base_of(Path(path), compvis.state_of(Path(path)))
     shipped = data_path("models") / path.replace("/", "--")
@@ -129,13 +136,16 @@ def _names() -> dict[str, Any]:
     has moved since, and a pipeline that it lacks."""
     import diffusers
     from diffusers import pipelines
+    from diffusers.pipelines import latent_diffusion
     from diffusers.pipelines.deprecated import paint_by_example
 
     from . import mimicbrush_pipeline
 
     pipelines.paint_by_example = paint_by_example
     diffusers.MimicBrushPipeline = mimicbrush_pipeline.MimicBrushPipeline
-    return {"paint_by_example": paint_by_example, mimicbrush_pipeline.__name__: mimicbrush_pipeline}
+    named = {module.__name__: module for module in (paint_by_example, mimicbrush_pipeline)}
+    named["latent_diffusion"] = latent_diffusion
+    return {"paint_by_example": paint_by_example, **named}
 
 
 def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
@@ -149,7 +159,7 @@ def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(path, **where))
         if issubclass(cls, PreTrainedModel):
-            return cls(AutoConfig.from_pretrained(path, **where))
+            return cls((cls.config_class or AutoConfig).from_pretrained(path, **where))
     return cls.from_pretrained(path, **where)
 
 
