@@ -128,6 +128,7 @@ def test_a_mask_of_the_whole_picture_changes_nothing() -> None:
     assert torch.equal(runs[0].images["edit"], runs[1].images["edit"])
 
 
+MASKED = {"mask": "mask:user"}
 BLEND = {"latent_blend": {"steps": [[0.0, 1.0]], "mask": "mask:user"}}
 
 
@@ -136,7 +137,7 @@ BLEND = {"latent_blend": {"steps": [[0.0, 1.0]], "mask": "mask:user"}}
     [
         (flux, {"source_trajectory": {}, **BLEND, "paste_back": {"mask": "mask:user"}}),
         (stable_diffusion, {"source_trajectory": {}, **BLEND}),
-        (stable_diffusion, {"letterbox": {}, "source_trajectory": {}, "sdedit": {"mask": "mask:user"}}),
+        (stable_diffusion, {"letterbox": {}, "source_trajectory": {}, "sdedit": MASKED}),
         (pixel, {"source_trajectory": {}, **BLEND, "paste_back": {"mask": "mask:user"}}),
         (paint_by_example, {"exemplar": {}, "source_trajectory": {}, **BLEND, "paste_back": {}}),
     ],

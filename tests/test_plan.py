@@ -15,7 +15,15 @@ from inlay.cli.experiment import plan_experiment, planned
 from inlay.cli.words import find_words, words_data, words_table
 from inlay_config import config
 from inlay_config.config import Experiment, Prompt
-from models import conds, flux, instruct_pix2pix, mimicbrush, pixel, stable_diffusion
+from models import (
+    conds,
+    flux,
+    instruct_pix2pix,
+    mimicbrush,
+    paint_by_example,
+    pixel,
+    stable_diffusion,
+)
 from spies import Editor, plugin
 
 
@@ -345,6 +353,8 @@ TINY = {
     "256x256_diffusion_uncond.pt": pixel,
     "toybox/sd": stable_diffusion,
     "mimicbrush": mimicbrush,
+    "toybox/mimicbrush": mimicbrush,
+    "toybox/paint-by-example": paint_by_example,
 }
 TINY |= {f"toybox/{name}": instruct_pix2pix for name in ("instruct", "magicbrush", "erasedraw")}
 PICTURED = {  # experiments that want pictures of the caller's
@@ -353,9 +363,12 @@ PICTURED = {  # experiments that want pictures of the caller's
     "magicbrush": ["input.image"],
     "erasedraw": ["input.image"],
     "crop_and_zoom": ["input.image", "input.mask"],
+    "ip_adapter": ["plugins.ip_adapter.image"],
     "exemplar": ["input.image", "input.mask", "plugins.exemplar.image"],
+    "exemplar_toybox": ["input.image", "input.mask", "plugins.exemplar.image"],
     "exemplar_attention": ["input.image", "input.mask", "plugins.exemplar_attention.image"],
     "mimicbrush": ["input.image", "input.mask", "plugins.imitation.image"],
+    "mimicbrush_toybox": ["input.image", "input.mask", "plugins.imitation.image"],
     "blended_image_guided": ["plugins.clip_guidance.images"],
     "blended_piece": ["plugins.scribble.picture"],
 }
