@@ -67,13 +67,15 @@ def close(ours: list, stored: torch.Tensor, tolerance: float) -> None:
     assert (chosen - stored).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("variant", ["plain", "shrink", "pixel"])
+@pytest.mark.parametrize("variant", ["plain", "shrink", "pixel", "invert"])
 def test_the_published_latent_diffusion_order(variant):
-    """Blended before each call, at the call's own level; the mask may shrink; a tail in pixels."""
+    """Blended before each call, at the call's own level; the mask may shrink, and grows if it was
+    inverted; a tail in pixels."""
     stored, card = toys.golden("bld_ldm")
     mine = {k.split(".")[1]: v for k, v in stored.items() if k.startswith(f"ldm_{variant}.")}
     options, tolerance = card["variants"][variant], card["tolerance_max_abs"]
     skipped, shrink = options.get("skip_steps", 0), options.get("mask_dilation_iterations", 0)
+    shrink = -shrink if options.get("invert_mask") else shrink
     tail = 10 - round(10 * options.get("percentage_of_pixel_blending", 0))
     pipe = toys.latent_pipe(
         stored, DDIMScheduler(**DDIM, steps_offset=1), noises=mine.get("noise_reencode", ())
@@ -188,6 +190,10 @@ def test_a_shrinking_mask_loses_a_cell_at_a_time_and_ends_as_it_is():
     pairs = zip(states.after, states.source, strict=True)
     changed = [int(((x - s).abs().amax((0, 1)) > 0).sum()) for x, s in pairs]
     assert changed == [25, 25, 9, 9, 1, 1]
+    _, _, states = blended(pixel(), steps=6, mask=1 - point, shrink=-2)
+    pairs = zip(states.after, states.source, strict=True)
+    kept = [int(((x - s).abs().amax((0, 1)) == 0).sum()) for x, s in pairs]
+    assert kept == changed
 
 
 def test_soft_edges_mix_and_the_add_it_mode_hardens_them():
@@ -225,8 +231,9 @@ def test_blending_in_pixels_leaves_the_source_outside_but_for_the_autoencoder():
     torch.testing.assert_close(result.latents["edit"], expected, atol=2e-3, rtol=1e-4)
 
 
-def test_the_published_reconstruction_of_the_background():
-    """The decoder is tuned to the picture, and is as before afterwards."""
+@pytest.mark.parametrize(("tune", "key"), [("decoder", "weights"), ("latent", "latents")])
+def test_the_published_reconstruction_of_the_background(tune, key):
+    """The decoder is tuned to the picture, or the latent; both are as before afterwards."""
     stored, card = toys.golden("bld_extras")
     decoder = nn.ModuleDict({f"conv{i}": nn.Conv2d(*io, 3, padding=1) for i, io in SHAPES})
     decoder.load_state_dict(
@@ -249,12 +256,13 @@ def test_the_published_reconstruction_of_the_background():
     result = SimpleNamespace(
         images={"edit": stored["foreground"] / 2 + 0.5}, latents={"edit": stored["latent"]}
     )
-    plugin = ReconstructBackground()
-    plugin.acts = True
+    plugin = ReconstructBackground(ReconstructBackground.Config(tune=tune))
+    plugin.acts, latent = True, stored["latent"].clone()
     with torch.no_grad():
         plugin.inlay_final(run, result)
-    off = (result.images["edit"] - stored["weights.result01"]).abs().max()
+    off = (result.images["edit"] - stored[f"{key}.result01"]).abs().max()
     assert off < card["tolerance_max_abs"]["result01"]
+    assert torch.equal(stored["latent"], latent)
     for name, weight in decoder.named_parameters():
         assert torch.equal(weight, stored[f"decoder.{name}"]) and weight.grad is None
         assert weight.requires_grad
@@ -264,7 +272,9 @@ def test_a_model_without_decoder_is_told():
     session = Session(pixel(), {"tuned": ReconstructBackground()})
     with pytest.raises(ModelError, match=r"no decoder to be tuned\. Use paste_back"):
         session.run(image=torch.rand(1, 3, 16, 16), mask=MASK, steps=1)
-    session = Session(pixel(), {"tuned": ReconstructBackground(ReconstructBackground.Config(-1))})
+    session = Session(
+        pixel(), {"tuned": ReconstructBackground(ReconstructBackground.Config(steps=-1))}
+    )
     with pytest.raises(ConfigError, match=r"plugins\.tuned\.steps: -1 is below 0"):
         session.run(image=torch.rand(1, 3, 16, 16), mask=MASK, steps=1)
 
@@ -301,7 +311,6 @@ def test_without_a_mask_a_region_is_its_box():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("latent_blend", {"shrink": -1}, "shrink is 0 or more"),
         ("latent_blend", {"background": "lane", "noise": "own"}, "of a noised background"),
         ("region", {"threshold": 1.5}, "1.5 is outside 0..1"),
         ("region", {"box": [0.5, 0.0, 0.2, 1.0]}, "is no box"),

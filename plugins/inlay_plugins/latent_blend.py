@@ -23,8 +23,9 @@ class LatentBlend(Plugin):
     class Config:
         """steps: each a step, or a window [first, last]; []: never. mask: a board key, 1 = the
         edit's: mask:subject, or mask:user of the caller. shrink: the mask starts that many cells
-        wider and loses them until the run's end (BLD, section 4.3: 3), so that thin ones take.
-        pace: of shrinking; published stays with a width one step longer, and may not reach the end.
+        wider and loses them until the run's end (BLD, section 4.3: 3), so that thin ones take;
+        below 0 narrower, and gains them, as published for an inverted mask. pace: of shrinking;
+        published stays with a width one step longer, and may not reach the end.
 
         background: noised is the source exactly at the next noise level, without an evaluation;
         lane, as published by Add-it, is where the solver takes the source lane, whose rows then
@@ -57,8 +58,8 @@ class LatentBlend(Plugin):
             elif (window := Window.parse(item, where)) is not None:
                 self.steps |= set(window.steps(total, where))
         lane, drawn = cfg.background == "lane", cfg.noise != "source"
-        if cfg.shrink < 0 or (lane and (drawn or cfg.when == "before" or cfg.level != "next")):
-            problem = "shrink is 0 or more; noise, level and when are of a noised background"
+        if lane and (drawn or cfg.when == "before" or cfg.level != "next"):
+            problem = "noise, level and when are of a noised background"
             raise ConfigError(problem, where=f"plugins.{need.owner}", fix="Use background: noised.")
         if self.steps:
             need.consume(cfg.mask)
@@ -87,12 +88,14 @@ class LatentBlend(Plugin):
             mask = mask.masked_fill(mask > 0.01, 1.0)
         else:
             mask = masks.resize(mask, grid)
-        first, stages = min(self.steps), self.cfg.shrink + 1
+        first, stages = min(self.steps), abs(self.cfg.shrink) + 1
         stage = stages * (step.index - first) // (step.total - first)
         if self.cfg.pace == "published":
             stage = (step.index - first) // ((step.total - first) // stages + 1)
-        if wider := self.cfg.shrink - stage:  # of all that the mask touches
-            mask = masks.dilate((mask > 0).to(mask), wider)
+        if cells := stages - 1 - stage:  # of all that the mask, or what is around it, touches
+            wide, around = (mask > 0).to(mask), (mask < 1).to(mask)
+            kept = self.cfg.shrink > 0
+            mask = masks.dilate(wide, cells) if kept else 1 - masks.dilate(around, cells)
         keep = run.backbone.from_grid(mask).to(run.device, run.dtype)
         return keep * x + (1 - keep) * self._background(run, step, x)
 
