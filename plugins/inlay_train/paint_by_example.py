@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, PaintByExamplePipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
+from diffusers.pipelines.deprecated import paint_by_example as published
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionModel
@@ -151,14 +151,18 @@ class PaintByExample(Recipe):
     def save(self, folder: Path) -> None:
         unet = UNet2DConditionModel.from_config(self.unet.config)
         unet.load_state_dict(low_rank.merged(self.unet))
-        PaintByExamplePipeline(
+        pipe = PaintByExamplePipeline(
             vae=self.vae,
             image_encoder=self.encoder,
             unet=unet,
             scheduler=self.scheduler,
             safety_checker=None,
             feature_extractor=self.processor,
-        ).save_pretrained(folder)
+        )
+        # As the published folder names it, whose module diffusers has moved since.
+        encoder = "paint_by_example", type(self.encoder).__name__
+        pipe.register_to_config(image_encoder=encoder)
+        pipe.save_pretrained(folder)
 
 
 def mapped(clip: str, width: int) -> tuple[Any, Any]:
@@ -167,7 +171,7 @@ def mapped(clip: str, width: int) -> tuple[Any, Any]:
     folder = registry.resolve_model(clip, "clip", "config.json")
     tower = CLIPVisionModel.from_pretrained(folder, torch_dtype=torch.float32)
     tower.config.projection_dim = width
-    encoder = PaintByExampleImageEncoder(tower.config)
+    encoder = published.PaintByExampleImageEncoder(tower.config)
     encoder.model.load_state_dict(tower.state_dict())
     return encoder, CLIPImageProcessor.from_pretrained(folder)
 
