@@ -19,6 +19,7 @@ import comparison
 import exemplars
 import hard_cases
 import insertion
+import instructions
 import localisers
 import synthetic_data
 
@@ -56,6 +57,7 @@ SECTIONS: dict[str, Section] = {
     "exemplars": exemplars.filling,
     "exemplar-guidance": exemplars.guidance,
     "imitation": exemplars.imitating,
+    "tradeoff": instructions.tradeoff,
 }
 
 
