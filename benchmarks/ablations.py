@@ -31,8 +31,8 @@ PLOTTED = {"inclusion": "inclusion", "affordance": "affordance_all", "background
 
 
 def section(args: Namespace) -> str:
-    """A tenth of the items; the plots are written where the pictures are."""
-    bench = seeds.Bench(tasks.load("toybox-affordance"), max(1, args.items // 10))
+    """Tables; the plots are written where the pictures are."""
+    bench = seeds.Bench(tasks.load("toybox-affordance"), args.scenes)
     lines = seeds.table(bench, {"Add-it": "addit", **PARTS}, SHOWN)
     lines += ["", "*Add-it less the row without the part*", ""]
     lines += seeds.differences(bench, "addit", PARTS, SHOWN)

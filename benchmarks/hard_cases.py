@@ -29,11 +29,10 @@ COLUMNS = 4  # of a picture, in which objects are counted
 
 
 def section(args: Namespace) -> str:
-    """The main comparison's items in groups, and a tenth as many of every hard kind."""
-    few = max(1, args.items // 10)
-    text = [*crowds(args.items), "", *kinds(few), "", *real_or_drawn(max(1, args.items // 4)), ""]
-    main = comparison.evaluate("toybox-affordance", ("addit", "twin"), args.items, "hard-cases")
-    return "\n".join([*text, *sides(few), "", *placement(main)])
+    """The main comparison's items in groups, and items of every hard kind."""
+    given, drawn = args.items, max(1, args.items // 4)
+    parts = [crowds(given), kinds(args.scenes), real_or_drawn(drawn), sides(args.scenes)]
+    return "\n".join([*(line for part in parts for line in (*part, "")), *placement(given)])
 
 
 def crowds(n: int) -> list[str]:
@@ -93,9 +92,10 @@ def sides(n: int) -> list[str]:
     return [*text, "", f"* {n} {seeds.NOTE}."]
 
 
-def placement(summary: Summary) -> list[str]:
+def placement(n: int) -> list[str]:
     """Entropy of the column of the picture in which a class's objects stand, over scenes."""
     names = ("addit", "twin")
+    summary = comparison.evaluate("toybox-affordance", names, n, "hard-cases")
     seen = {name: stands(summary, name) for name in names}
     both = [c for c in BY_NAME if all(len(seen[name].get(c, ())) >= 4 for name in names)]
     values = {name: {c: entropy(seen[name][c]) for c in both} for name in names}

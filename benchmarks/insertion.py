@@ -6,16 +6,19 @@ import json
 from argparse import Namespace
 
 import comparison
+import seeds
 
-from inlay_bench import report
+from inlay_bench import report, tasks
 from inlay_bench.report import Summary
 from inlay_config import config
 from inlay_config.images import save
 
-MAIN = ("addit", "addit_sd", "p2p", "sdedit", "flow_edit", "elsewhere", "twin")
-FURTHER = ("addit", "addit_paste", "t2i")
-RIVALS = ("p2p", "sdedit", "flow_edit", "copy")
+MAIN = ("addit", "p2p", "sdedit", "elsewhere", "twin")
+RIVALS = ("p2p", "sdedit", "copy")
+FURTHER = ("flow_edit", "addit_sd")
+VARIANTS = ("addit", "addit_paste", "t2i")
 ADDITING = ("addit", "t2i")
+SHOWN = ("inclusion", "affordance", "affordance_all", "contact", "psnr", "ssim", "lpips")
 COMPARED = ("inclusion", "affordance_all", "psnr", "clip_direction", "clip_out")
 SHEET = {
     "input": "input",
@@ -29,23 +32,30 @@ SHEET = {
 
 def affordance(args: Namespace) -> str:
     """Insertion into rendered scenes, whose every right place is known."""
+    comparison.evaluate(
+        "toybox-affordance", FURTHER, min(args.items, comparison.SHEET_ITEMS), "sheet"
+    )
     summary = comparison.evaluate("toybox-affordance", MAIN, args.items)
     save(comparison.sheet(summary, SHEET), comparison.OUT / "insertion.png")
-    lines = tables(summary)
+    lines = [*tables(summary), "", "*Add-it less the others, item by item*", ""]
+    return "\n".join([*lines, *comparison.differences(summary, "addit", RIVALS, COMPARED)])
+
+
+def further(args: Namespace) -> str:
+    """The methods that cost most, and Add-it on a U-Net, beside Add-it."""
+    bench = seeds.Bench(tasks.load("toybox-affordance"), args.scenes)
+    keys = ("inclusion", "affordance", "affordance_all", "contact", "psnr")
+    lines = seeds.table(bench, {name: name for name in ("addit", *FURTHER)}, keys)
     lines += ["", "*Add-it less the others, item by item*", ""]
-    lines += comparison.differences(summary, "addit", RIVALS, COMPARED)
-    return "\n".join(lines)
+    lines += seeds.differences(bench, "addit", {f"addit − {name}": name for name in FURTHER}, keys)
+    return "\n".join([*lines, "", f"* {len(bench.items)} {seeds.NOTE}."])
 
 
 def variants(args: Namespace) -> str:
     """Add-it with more around it, and no picture at all, on fewer of the same items."""
     few = max(1, args.items * 2 // 5)
-    summary = comparison.evaluate("toybox-affordance", FURTHER, few, "variants")
-    lines = comparison.means(
-        summary,
-        {name: name for name in FURTHER},
-        ("inclusion", "affordance", "affordance_all", "contact", "psnr", "ssim", "lpips"),
-    )
+    summary = comparison.evaluate("toybox-affordance", VARIANTS, few, "variants")
+    lines = comparison.means(summary, {name: name for name in VARIANTS}, SHOWN)
     return "\n".join([*lines, "", f"* The first {few} items."])
 
 

@@ -42,11 +42,12 @@ def models(args: argparse.Namespace) -> str:
 
 
 Section = Callable[[argparse.Namespace], str]
-"""(n: scenes of a model's figure, items: of an insertion task) -> the text of the section"""
+"""(n: scenes of a model's figure, items, scenes: of insertion tasks) -> the section's text"""
 
 SECTIONS: dict[str, Section] = {
     "models": models,
     "toybox-affordance": insertion.affordance,
+    "further-methods": insertion.further,
     "variants": insertion.variants,
     "ablations": ablations.section,
     "hard-cases": hard_cases.section,
@@ -66,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=200, help="scenes of each figure of a model")
     parser.add_argument("--items", type=int, default=500, help="of the insertion task's main rows")
+    parser.add_argument("--scenes", type=int, default=50, help="of tables of four seeds a scene")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     args = parser.parse_args()
     hush_loading_bars()
