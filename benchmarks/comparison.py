@@ -21,7 +21,6 @@ from inlay_config.images import open_image
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "outputs" / "quality"
-SHEET_ITEMS = 12
 GAP, HEAD = 2, 12  # pixels between tiles, of a column's title
 
 
@@ -81,7 +80,7 @@ def differences(
 
 
 def sheet(
-    summary: Summary, rows: Mapping[str, str], items: int = SHEET_ITEMS, columns: int = 2
+    summary: Summary, rows: Mapping[str, str], items: int = 8, columns: int = 2
 ) -> Image.Image:
     """The first items, nothing selected, each a line of the methods `rows` (title -> name; `input`
     is one of them), twice as large."""

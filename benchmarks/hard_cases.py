@@ -39,7 +39,7 @@ def crowds(n: int) -> list[str]:
     """The items of the main comparison by how many objects are there already."""
     main = comparison.evaluate("toybox-affordance", ("addit", "twin"), n, "hard-cases")
     there = [len(item.facts["things"]) for item in main.evaluation.items]
-    groups = {str(k): [i for i, n in enumerate(there) if n == k] for k in sorted(set(there))}
+    groups = {str(k): [i for i, held in enumerate(there) if held == k] for k in sorted(set(there))}
     lines = [row(main, title, chosen) for title, chosen in groups.items()]
     columns = comparison.columns_of(main, SHOWN)
     return report.table(["objects there already", "items", *(c.title for c in columns)], lines)

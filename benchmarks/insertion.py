@@ -6,16 +6,15 @@ import json
 from argparse import Namespace
 
 import comparison
-import seeds
+from PIL import Image
 
-from inlay_bench import report, tasks
+from inlay_bench import report
 from inlay_bench.report import Summary
 from inlay_config import config
 from inlay_config.images import save
 
-MAIN = ("addit", "p2p", "sdedit", "elsewhere", "twin")
-RIVALS = ("p2p", "sdedit", "copy")
-FURTHER = ("flow_edit", "addit_sd")
+MAIN = ("addit", "addit_sd", "p2p", "sdedit", "flow_edit", "elsewhere", "twin")
+RIVALS = ("p2p", "sdedit", "flow_edit", "addit_sd", "copy")
 VARIANTS = ("addit", "addit_paste", "t2i")
 ADDITING = ("addit", "t2i")
 SHOWN = ("inclusion", "affordance", "affordance_all", "contact", "psnr", "ssim", "lpips")
@@ -32,23 +31,11 @@ SHEET = {
 
 def affordance(args: Namespace) -> str:
     """Insertion into rendered scenes, whose every right place is known."""
-    comparison.evaluate(
-        "toybox-affordance", FURTHER, min(args.items, comparison.SHEET_ITEMS), "sheet"
-    )
     summary = comparison.evaluate("toybox-affordance", MAIN, args.items)
-    save(comparison.sheet(summary, SHEET), comparison.OUT / "insertion.png")
+    sheet = comparison.sheet(summary, SHEET).quantize(96, dither=Image.Dither.NONE)
+    save(sheet, comparison.OUT / "insertion.png")
     lines = [*tables(summary), "", "*Add-it less the others, item by item*", ""]
     return "\n".join([*lines, *comparison.differences(summary, "addit", RIVALS, COMPARED)])
-
-
-def further(args: Namespace) -> str:
-    """The methods that cost most, and Add-it on a U-Net, beside Add-it."""
-    bench = seeds.Bench(tasks.load("toybox-affordance"), args.scenes)
-    keys = ("inclusion", "affordance", "affordance_all", "contact", "psnr")
-    lines = seeds.table(bench, {name: name for name in ("addit", *FURTHER)}, keys)
-    lines += ["", "*Add-it less the others, item by item*", ""]
-    lines += seeds.differences(bench, "addit", {f"addit − {name}": name for name in FURTHER}, keys)
-    return "\n".join([*lines, "", f"* {len(bench.items)} {seeds.NOTE}."])
 
 
 def variants(args: Namespace) -> str:

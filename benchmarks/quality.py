@@ -47,7 +47,6 @@ Section = Callable[[argparse.Namespace], str]
 SECTIONS: dict[str, Section] = {
     "models": models,
     "toybox-affordance": insertion.affordance,
-    "further-methods": insertion.further,
     "variants": insertion.variants,
     "ablations": ablations.section,
     "hard-cases": hard_cases.section,
