@@ -7,6 +7,7 @@ moves the next latent by -Σ·g, Σ the solver's variance (Dhariwal & Nichol 202
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def check(plan: Plan, scheduler: Any) -> Plan:
     if not plan.grads:
         return plan
     policy = plan.request.gradient
-    if policy.apply == "mean" and "variance_type" not in scheduler.config:
+    options = inspect.signature(type(scheduler).__init__).parameters  # a config keeps a former's
+    if policy.apply == "mean" and "variance_type" not in options:
         problem = f"{type(scheduler).__name__} has no variance to move the mean by"
         fix = "Use apply: x0, or scheduler: DDPMScheduler."
         raise ConfigError(problem, where="gradient.apply", fix=fix)
