@@ -6,6 +6,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessor,
+)
 
 import compositions
 import inlay
@@ -159,6 +165,53 @@ def test_depth_is_of_the_picture_or_of_nothing(shown, pipe, tmp_path, monkeypatc
     assert torch.equal(unread, free)
 
 
+@pytest.fixture(scope="module")
+def depth_anything(tmp_path_factory):
+    """A tiny one, in a folder."""
+    torch.manual_seed(0)
+    tower = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=28,
+        patch_size=14,
+        out_features=[f"stage{i}" for i in range(1, 5)],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    widths = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [4, 4, 8, 8]}
+    widths |= {"fusion_hidden_size": 4, "head_hidden_size": 4}
+    network = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(backbone_config=tower, patch_size=14, **widths)
+    )
+    for part in (network.neck, network.head):
+        for weight in part.parameters():
+            nn.init.normal_(weight, std=0.3)
+    nn.init.constant_(network.head.conv3.bias, 1.0)
+    folder = tmp_path_factory.mktemp("depth")
+    network.save_pretrained(folder)
+    DPTImageProcessor(
+        size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    ).save_pretrained(folder)
+    return folder, network.eval()
+
+
+@torch.no_grad()
+def test_a_depth_model_of_transformers_sees_the_picture(depth_anything):
+    """Its own numbers, in 0..1 minus the mean, or minus a 255th of it, by the deviation."""
+    folder, network = depth_anything
+    found, grey = depths.load(str(folder), "depth"), Image.new("RGB", (28, 28), (102,) * 3)
+    for published, mean in ((True, 0.5 / 255), (False, 0.5)):
+        pixels = torch.full((1, 3, 28, 28), (0.4 - mean) / 0.25)
+        wanted = network(pixels).predicted_depth[:, None]
+        made = depths.estimate(found, grey, published, blank=False)
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+        blank = depths.estimate(found, grey, published, blank=True)
+        torch.testing.assert_close(blank, network(0 * pixels).predicted_depth[:, None])
+        assert not torch.allclose(made, blank)
+
+
 def test_a_folder_is_loaded_and_planned(shown, pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = latent({"image": shown}, pipe=str(tmp_path))
@@ -265,8 +318,8 @@ def test_what_cannot_be_used_is_refused(shown, pipe, tmp_path):
     kept = {"image": shown, "keep_shape": True}
     with pytest.raises(InputError, match=r"imitation\.depth: .*holds \(5,\)"):
         run({**kept, "depth": str(tmp_path / "flat.npy")}, pipe=pipe)
-    with pytest.raises(ModelError, match=r"imitation\.depth: 'no/where\.png' is no depth"):
-        run({**kept, "depth": "no/where.png"}, pipe=pipe)
+    with pytest.raises(ModelError, match=r"imitation\.depth: '.*absent' is no depth"):
+        run({**kept, "depth": str(tmp_path / "absent")}, pipe=pipe)
 
 
 @pytest.mark.parametrize("edges", [(0, 24, 0, 10), (0, 24, 0, 40), (23, 24, 39, 40)])
