@@ -174,8 +174,8 @@ def test_a_task_that_cannot_be_asked_is_refused(
 def test_shipped_tasks_are_whole() -> None:
     published = ["affordance-set", "coco-exemplar", "emu-edit", "ip2p-tradeoff", "magicbrush"]
     published += ["mimicbrush-bench", "pie-bench"]
-    toybox = ["additing", "affordance", "beside", "exemplar", "imitation", "instructions"]
-    toybox += ["tradeoff"]
+    toybox = ["additing", "affordance", "beside", "blending", "exemplar", "imitation"]
+    toybox += ["instructions", "tradeoff"]
     assert tasks.names() == [*published, *(f"toybox-{name}" for name in toybox)]
     for name in tasks.names():
         task = tasks.load(name)
