@@ -87,7 +87,7 @@ def table(out: Path, scenes: int = 300) -> str:
     for name, (recall, precision) in counts.items():
         means = [intervals.interval(values, drawn) for values in (recall, precision)]
         gain = intervals.difference(recall, base[0], drawn)
-        lines.append((name, *map(shown, means), "" if recall is base[0] else shown(gain)))
+        lines.append((name, *map(shown, means), shown(gain) if lines else ""))
     head = ("trained on", "objects found", "detections that are right", "more found")
     return "\n".join([*report.table(head, lines), "", note(scenes)])
 
