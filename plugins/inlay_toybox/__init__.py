@@ -9,6 +9,7 @@ MODELS: dict[str, str] = {
     "flux": "text-to-image, FluxPipeline layout, 64 px",
     "sd": "text-to-image, StableDiffusionPipeline layout, 64 px",
     "instruct": "InstructPix2Pix, StableDiffusionInstructPix2PixPipeline layout, 64 px",
+    "erasedraw": "instruct tuned to add objects, the same layout",
     "clip": "pictures and captions in one space, CLIPModel layout; guides",
     "judge": "another CLIPModel, trained otherwise; only ever judges",
     "ddpm": "unconditional, over pixels, learned variance, DDPMPipeline layout, 64 px",
