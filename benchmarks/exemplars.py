@@ -1,6 +1,6 @@
-"""Sections of the results page: models that fill a hole with what an exemplar shows.
+"""Sections of the results page: a hole is filled with what an exemplar shows.
 
-How alike is a matter of guidance: `paint-by-example` sweeps it, and draws the same tasks with
+How alike is a matter of guidance: Paint by Example sweeps it, and draws the same tasks with
 several seeds, to see how much its pictures differ while they show the same object.
 """
 
@@ -28,30 +28,20 @@ from inlay_toybox.detector import Detector
 from inlay_toybox.quality.exemplars import ExemplarItem, exemplar_items
 from inlay_toybox.quality.shares import THRESHOLD
 
-PAINT, MIMIC = "exemplar_toybox", "mimicbrush_toybox"
-SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
+PAINT = "exemplar_toybox"
+SCALES = (1.0, 2.0, 3.0, 5.0)
 SEEDS = 4
-FILLING = (PAINT, MIMIC, "paste_colour", "paste_poisson", "paste", "twin")
+FILLING = (PAINT, "paste_colour", "paste_poisson", "paste", "twin")
 IDENTITY = ("identity", "colour", "likeness", "region_clip", "copied", "psnr_around")
-TRUTH = ("psnr_true", "ssim_true", "lpips_true", "identity", "colour")
-SHEET = {"input": "input", "Paint by Example": PAINT, "MimicBrush": MIMIC, "paste": "paste"}
+SHEET = {"input": "input", "Paint by Example": PAINT, "paste": "paste"}
 
 
 def filling(args: Namespace) -> str:
-    """Both models beside pasting the object, which knows its outline in the exemplar."""
+    """The model beside pasting the object, which knows its outline in the exemplar."""
     few = max(1, args.items // 2)
     summary = comparison.evaluate("toybox-exemplar", FILLING, few)
     save(comparison.sheet(summary, SHEET), comparison.OUT / "exemplars.png")
     lines = comparison.means(summary, {name: name for name in FILLING}, IDENTITY)
-    return "\n".join([*lines, "", f"* {few} items."])
-
-
-def imitating(args: Namespace) -> str:
-    """Half an object, or its colour, by a reference: against the one right picture."""
-    few = max(1, args.items // 2)
-    rows = {"MimicBrush": MIMIC, "Paint by Example": PAINT, "the input": "copy", "truth": "twin"}
-    summary = comparison.evaluate("toybox-imitation", tuple(rows.values()), few)
-    lines = comparison.means(summary, rows, TRUTH)
     return "\n".join([*lines, "", f"* {few} items."])
 
 

@@ -56,7 +56,6 @@ SECTIONS: dict[str, Section] = {
     "synthetic-data": synthetic_data.section,
     "exemplars": exemplars.filling,
     "exemplar-guidance": exemplars.guidance,
-    "imitation": exemplars.imitating,
     "tradeoff": instructions.tradeoff,
 }
 
