@@ -97,8 +97,8 @@ def test_it_is_expanded_once_and_again_when_it_changes(models):
     stamp = (made / "unet" / "weights.safetensors").stat().st_mtime_ns
     assert deltas.expand(delta, base) == made
     assert (made / "unet" / "weights.safetensors").stat().st_mtime_ns == stamp
-    deltas.write(tuned, base, delta, 2)
-    assert deltas.expand(delta, base) != made
+    deltas.write(tuned, base, delta, 2, called="another")
+    assert deltas.expand(delta, base) != made and deltas.base_of(delta) == "another"
     assert not [p for p in made.parent.iterdir() if p.name.startswith(".")]
 
 

@@ -30,6 +30,7 @@ def write(
     rank: int,
     sources: Mapping[str, str] | None = None,
     inherit: tuple[str, ...] = ("tokenizer", "scheduler", "vae"),
+    called: str = "",
 ) -> int:
     """Write what ``tuned`` has beyond ``base``, both in stock layouts.
 
@@ -42,6 +43,7 @@ def write(
             which they are compared ("unet/x.safetensors"; "../clip/x.safetensors" is of another
             model), where the names differ.
         inherit: folders whose files are the base's, where it has them.
+        called: name of the base, where its folder is not called so, as an expanded one is not.
 
     Returns:
         Bytes written.
@@ -66,7 +68,7 @@ def write(
         elif not known.is_file() or _content(known) != _content(tuned / file):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(_content(tuned / file))
-    told = {"base": base.name, "files": files, "sources": sources, "weights": weights}
+    told = {"base": called or base.name, "files": files, "sources": sources, "weights": weights}
     partial = folder / f".{NAME}.partial"
     save_file(streams.tensors(), partial, {key: json.dumps(v) for key, v in told.items()})
     partial.replace(folder / NAME)
