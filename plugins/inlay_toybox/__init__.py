@@ -10,6 +10,7 @@ MODELS: dict[str, str] = {
     "sd": "text-to-image, StableDiffusionPipeline layout, 64 px",
     "instruct": "InstructPix2Pix, StableDiffusionInstructPix2PixPipeline layout, 64 px",
     "erasedraw": "instruct tuned to add objects, the same layout",
+    "magicbrush": "instruct tuned on exact edits, the same layout",
     "clip": "pictures and captions in one space, CLIPModel layout; guides",
     "judge": "another CLIPModel, trained otherwise; only ever judges",
     "ddpm": "unconditional, over pixels, learned variance, DDPMPipeline layout, 64 px",

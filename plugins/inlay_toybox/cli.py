@@ -93,7 +93,8 @@ def _ship(args: argparse.Namespace) -> None:
     from inlay_toybox import deltas, path, training
 
     sources = dict(pair.split("=", 1) for pair in args.source)
-    deltas.write(args.tuned / "model", path(args.base), args.out, args.rank, sources)
+    base = path(args.base)
+    deltas.write(args.tuned / "model", base, args.out, args.rank, sources, called=args.base)
     training.export_log(args.tuned, args.out)
     print(args.out)
 
