@@ -179,7 +179,7 @@ def test_shipped_tasks_are_whole() -> None:
     assert tasks.names() == [*published, *(f"toybox-{name}" for name in toybox)]
     for name in tasks.names():
         task = tasks.load(name)
-        assert task.n >= 500 and set(task.measures) <= set(MEASURES)
+        assert task.n >= 200 and set(task.measures) <= set(MEASURES)
 
 
 @pytest.mark.parametrize(
