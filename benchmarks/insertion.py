@@ -6,7 +6,6 @@ import json
 from argparse import Namespace
 
 import comparison
-from PIL import Image
 
 from inlay_bench import report
 from inlay_bench.report import Summary
@@ -32,8 +31,7 @@ SHEET = {
 def affordance(args: Namespace) -> str:
     """Insertion into rendered scenes, whose every right place is known."""
     summary = comparison.evaluate("toybox-affordance", MAIN, args.items)
-    sheet = comparison.sheet(summary, SHEET).quantize(96, dither=Image.Dither.NONE)
-    save(sheet, comparison.OUT / "insertion.png")
+    save(comparison.sheet(summary, SHEET), comparison.OUT / "insertion.png")
     lines = [*tables(summary), "", "*Add-it less the others, item by item*", ""]
     return "\n".join([*lines, *comparison.differences(summary, "addit", RIVALS, COMPARED)])
 
