@@ -11,15 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import inlay
 from inlay.cli.experiment import execute
 from inlay.cli.run import hush_loading_bars
 from inlay.cli.sheet import overlay
 from inlay.events import Result
 from inlay_config import config
 from inlay_config.images import save, to_pil, to_tensor
-from inlay_toybox import world
+from inlay_toybox import backdrop, world
+from inlay_toybox.classes import BY_NAME
+from inlay_toybox.quality.exemplars import view
 
 FOLDER = Path(__file__).parent / "pictures"
 SIDE, GAP, HEAD, TEXT = 128, 6, 20, 12  # pixels; a toybox picture has 64
@@ -251,12 +255,37 @@ def exemplar_attention() -> list[Panel]:
     return panels
 
 
+def crop_and_zoom() -> list[Panel]:
+    """A mask of four latent cells a side in a large picture, filled by toybox/paint-by-example."""
+    rng = np.random.default_rng(3)
+    meadow = world.Scene("grass", False, backdrop.Look.draw(rng, "grass"))
+    house = world.place(rng, meadow, BY_NAME["house"])
+    assert house is not None
+    meadow = dataclasses.replace(meadow, things=(house,))
+    picture = Image.fromarray(world.render(meadow, 192).image)
+    shown, _ = view(world.Thing("cow", None, 0.5, 0.8, 0.4), "grass", rng, SIDE)
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (130, 86, 178, 128))
+    framed = picture.copy()
+    ImageDraw.Draw(framed).rectangle((130, 86, 177, 127), outline="white", width=2)
+    panels = [("picture and mask", framed), ("exemplar", shown)]
+    with TemporaryDirectory() as folder:
+        shown.save(path := Path(folder) / "exemplar.png")
+        for title, first in (("as it is", {}), ("enlarged", {"crop_and_zoom": {"margin": 0.4}})):
+            plugins = {**first, "exemplar": {"image": str(path)}}
+            plugins |= {} if first else {"paste_back": {"mask": "mask:user", "feather": 4}}
+            session = inlay.Session("toybox/paint-by-example", plugins)
+            asked = {"guidance": 3.0, "seed": 1, "size": 64, "steps": 20}
+            panels.append((title, edit(session.run(image=picture, mask=mask, **asked))))
+    return [(title, p.resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for title, p in panels]
+
+
 FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     "attention": (
         reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
     ),
     "blended": (add, replace, remove, background, algorithms),
-    "exemplars": (exemplar_attention,),
+    "exemplars": (exemplar_attention, crop_and_zoom),
     "edits": (sdedit, flow_edit, rf_inversion),
     "together": (guided_addit, words_in_a_box),
     "words": (replace_word, refine, weigh, only_there, injection, inversions),
