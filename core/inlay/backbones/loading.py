@@ -151,7 +151,7 @@ def _names() -> dict[str, Any]:
 def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
     """A component: networks without their weights, anything else as it is."""
     from diffusers import ModelMixin
-    from transformers import AutoConfig, PreTrainedModel
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
     if cls is None:
         return None
@@ -159,7 +159,10 @@ def _part(cls: Any, path: str, where: dict[str, Any]) -> Any:
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(path, **where))
         if issubclass(cls, PreTrainedModel):
-            return cls((cls.config_class or AutoConfig).from_pretrained(path, **where))
+            stored, _ = PreTrainedConfig.get_config_dict(path, **where)  # its own kind, if known
+            known = stored.get("model_type") in CONFIG_MAPPING
+            kind = AutoConfig if known else cls.config_class
+            return cls(kind.from_pretrained(path, **where))
     return cls.from_pretrained(path, **where)
 
 
