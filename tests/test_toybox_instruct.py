@@ -47,7 +47,7 @@ def edited(name: str, asked: list[edits.Edit]) -> torch.Tensor:
             [edit.instruction for edit in asked],
             pictures(edit.before for edit in asked),
             num_inference_steps=10,
-            guidance_scale=4.0,
+            guidance_scale=3.0,
             image_guidance_scale=1.5,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
@@ -64,17 +64,22 @@ def test_they_are_small_and_say_where_they_come_from():
         assert not any("_name_or_path" in config for config in configs)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_to_be_added_appears_and_the_rest_stays(name):
+@pytest.mark.parametrize(
+    ("name", "most"), [("instruct", 0.19), ("magicbrush", 0.15), ("erasedraw", 0.12)]
+)
+def test_what_is_to_be_added_appears_and_the_rest_stays(name, most):
+    """At least four objects of six; elsewhere a picture is nearer to itself than to the next."""
     asked = drawn("add", 6)
     made = edited(name, asked)
     found = Detector.from_pretrained().detect(made)
     new = [({t.name for t in e.after.things} - {t.name for t in e.before.things}) for e in asked]
-    assert sum(names <= set(d.classes) for names, d in zip(new, found, strict=True)) >= 3
+    assert sum(names <= set(d.classes) for names, d in zip(new, found, strict=True)) >= 4
     before, after = (pictures(getattr(e, k) for e in asked) for k in ("before", "after"))
     same = ((before - after).abs().amax(1) == 0)[:, None]
-    moved = ((made - before).abs() * same).sum() / same.sum() / 3
-    assert moved < 0.1
+    moved, other = (
+        ((made - near).abs() * same).sum() / same.sum() / 3 for near in (before, before.roll(1, 0))
+    )
+    assert moved < most and moved < other
 
 
 def test_light_changes_when_it_is_said():
@@ -104,7 +109,8 @@ def test_they_run_from_their_experiments_and_compose(invoke, tmp_path):
         edit.instruction, str(picture), mask=mask, n=2, steps=3, guidance=4.0, seed=1
     )
     clean = made.board["latent:source"]
-    outside = torch.nn.functional.interpolate(mask, clean.shape[-2:]) == 0
+    inside = torch.nn.functional.interpolate(mask, clean.shape[-2:]) > 0
     for latent in made.latents["edit"]:
-        assert torch.equal(latent[outside[0].expand_as(latent)], clean[outside.expand_as(clean)])
+        moved = (latent - clean[0]).abs().mean(0)
+        assert moved[~inside[0, 0]].mean() < 0.1 < moved[inside[0, 0]].mean()
     assert len(made.board["rank:scores"]) == 2
