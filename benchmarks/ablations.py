@@ -26,7 +26,7 @@ SWEEPS = {
     "gamma": ("weighted_attention.gamma", (1.0, 1.05, 1.15, 1.3, 1.5)),
     "structure step": ("structure_transfer.step", (0.0, 0.07, 0.14, 0.25, 0.4)),
 }
-SHOWN = ("inclusion", "affordance_all", "contact", "psnr", "psnr_strict")
+SHOWN = ("inclusion", "affordance", "affordance_all", "contact", "psnr")
 PLOTTED = {"inclusion": "inclusion", "affordance": "affordance_all", "background, dB": "psnr"}
 
 

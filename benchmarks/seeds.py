@@ -17,7 +17,7 @@ from inlay_bench import intervals, measures, report
 from inlay_bench.intervals import Values
 from inlay_bench.measures import MEASURES, Column
 from inlay_bench.methods import Edit, Pipelines
-from inlay_bench.pictures import digest
+from inlay_bench.pictures import digest, digest_of
 from inlay_bench.tasks import Item, Task
 
 OUT = comparison.OUT / "seeds"
@@ -46,13 +46,15 @@ class Bench:
         of = {"task": asdict(self.task)["data"], "seeds": SEEDS, **edit.identity}
         path = OUT / f"{self.task.name}-{edit.name}-{digest(of)}.jsonl"
         known = _read(path)
+        rows = []
         for item in self.items:
-            if item.id not in known:
-                known[item.id] = self._numbers(edit, item)
+            asked = digest({"picture": digest_of(item.picture), "texts": dict(item.texts)})
+            if asked not in known:
+                known[asked] = self._numbers(edit, item)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a") as file:
-                    file.write(json.dumps({"item": item.id, "numbers": known[item.id]}) + "\n")
-        rows = [known[item.id] for item in self.items]
+                    file.write(json.dumps({"item": asked, "numbers": known[asked]}) + "\n")
+            rows.append(known[asked])
         keys = [column.key for measure in self.chosen.values() for column in measure.columns]
         return {key: np.array([row[key] for row in rows], np.float64) for key in keys}
 
@@ -94,7 +96,7 @@ def differences(
 
 
 def _read(path: Path) -> dict[str, dict[str, float | None]]:
-    """Item -> its numbers; a line that a kill has torn is left out."""
+    """Digest of an item -> its numbers; a line that a kill has torn is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     return {record["item"]: record["numbers"] for record in whole}

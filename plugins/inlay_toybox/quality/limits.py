@@ -20,6 +20,7 @@ from inlay_toybox.training import UNSEEN
 
 FIRST = 7_000_000  # of these scenes' seeds, counted from UNSEEN
 SIDES = ("left of", "right of")
+TRIES = 8  # places that are looked at for room on both sides
 Choose = Callable[[world.Scene, np.random.Generator], tuple[ToyClass, str | None]]
 
 
@@ -44,21 +45,29 @@ def again(n: int = 200, seed: int = 0) -> Iterator[InsertionItem]:
 def beside(n: int = 200, seed: int = 0) -> Iterator[InsertionItem]:
     """A new object left or right of the one that is there, in turns, as the caption says.
 
-    The object that is there stands near the middle. No training caption says a side.
+    There is room on both sides, so that where there is more of it says nothing of the answer. No
+    training caption says a side.
     """
     made = 0
-    for item in _items(seed, 1, _another):
-        (there,), thing = item.source.things, item.target.things[-1]
-        side = SIDES[made % 2]
-        right = (thing.x < there.x) == (side == SIDES[0])
-        low = "sky" not in (there.toy.habitat, thing.toy.habitat)
+    for number in count(UNSEEN + FIRST + seed * 1_000_000):
         if made == n:
             return
-        if right and low and 0.35 < there.x < 0.65:
+        source, rng = world.sample(number, count=1), np.random.default_rng([number, 3])
+        if len(source.things) != 1 or source.things[0].toy.habitat == "sky":
+            continue
+        (there,), side = source.things, SIDES[made % 2]
+        toy, colour = _another(source, rng)
+        tried = [world.place(rng, source, toy, colour) for _ in range(TRIES)]
+        left = [thing for thing in tried if thing and thing.x < there.x]
+        right = [thing for thing in tried if thing and thing.x > there.x]
+        if toy.habitat == "sky" or not (left and right):
+            continue
+        thing = (left if side == SIDES[0] else right)[0]
+        if item := item_of(replace(source, things=(there, thing)), made + 1):
             made += 1
             words = f"{captions.phrase(thing)} {side} {captions.phrase(there)}"
-            place = captions.PREPOSITION[item.source.ground]
-            words += f" {place} at sunset" if item.source.sunset else f" {place}"
+            place = captions.PREPOSITION[source.ground]
+            words += f" {place} at sunset" if source.sunset else f" {place}"
             yield replace(item, target_caption=words)
 
 
