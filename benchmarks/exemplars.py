@@ -29,7 +29,7 @@ from inlay_toybox.quality.exemplars import ExemplarItem, exemplar_items
 from inlay_toybox.quality.shares import THRESHOLD
 
 PAINT = "exemplar_toybox"
-SCALES = (1.0, 2.0, 3.0, 5.0)
+SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 SEEDS = 4
 FILLING = (PAINT, "paste_colour", "paste_poisson", "paste", "twin")
 IDENTITY = ("identity", "colour", "likeness", "region_clip", "copied", "psnr_around")
@@ -57,7 +57,8 @@ def guidance(args: Namespace) -> str:
         for title, key in (("class and colour", "likeness"), ("CLIP score", "region_clip"))
     }
     curves["1 - SSIM of seeds"] = [(s, d) for s, (d, _) in zip(SCALES, spread, strict=True)]
-    save(plots.panels(curves, "guidance scale"), comparison.OUT / "exemplar-guidance.png")
+    plot = plots.panels(curves, "guidance scale").quantize(32)
+    save(plot, comparison.ROOT / "docs" / "pictures" / "exemplar-guidance.png")
     table = [
         [f"{scale:g}", *(_shown(points[i][1]) for points in curves.values()), f"{spread[i][1]:.2f}"]
         for i, scale in enumerate(SCALES)
