@@ -209,8 +209,8 @@ def test_layer_function(gamma):
     q, k, v = (stored[name].float() for name in "qkv")
     sdpa = torch.nn.functional.scaled_dot_product_attention
     out = weighted(gamma, "transformer_blocks.1.attn", ROWS)(sdpa, q, k, v)
-    assert (out[1] - stored[f"out_target.g{gamma}"]).abs().max() < 1e-5
-    assert (out[0] - stored["out_source.g1.05"]).abs().max() < 1e-5
+    for ours, name in ((out[1], f"out_target.g{gamma}"), (out[0], "out_source.g1.05")):
+        assert (ours[:, ::4] - stored[name]).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -232,12 +232,12 @@ def test_layer_modules(gamma):
         )
         joint = modules[single](hidden_states=torch.cat([text, image], 1), image_rotary_emb=rope)
     if gamma is None:
-        assert (out - stored["double.out_image.window_closed"]).abs().max() < 1e-5
+        assert (out[:, ::4] - stored["double.out_image.window_closed"]).abs().max() < 1e-5
         return
     for ours, name in (
-        (out, f"double.out_image.g{gamma}"),
+        (out[:, ::4], f"double.out_image.g{gamma}"),
         (prompt[:, :32], f"double.out_text_first32.g{gamma}"),
-        (joint[:, 512:], f"single.out_image.g{gamma}"),
+        (joint[:, 512::4], f"single.out_image.g{gamma}"),
         (joint[:, :32], f"single.out_text_first32.g{gamma}"),
     ):
         assert (ours - stored[name]).abs().max() < 1e-5, name

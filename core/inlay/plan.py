@@ -307,9 +307,8 @@ def plan_pass(name: str, draft: Draft, request: Request, backbone: Backbone) -> 
         steps, given = alive[lane] if request.skip_dead_rows else every, fields[lane]
         if steps and not given.get("follows"):  # solved by itself: it cannot skip
             steps = frozenset(range(min(steps), request.steps))
-        values: dict[str, Any] = {"prompt": "edit", "n": 1, "steps": tuple(sorted(steps))}
-        values |= {"seed": request.seed, "guidance": request.scale(lane)}
-        values["true_cfg"] = request.true_cfg
+        values = dict[str, Any](prompt="edit", n=1, seed=request.seed, true_cfg=request.true_cfg)
+        values |= {"guidance": request.scale(lane), "steps": tuple(sorted(steps))}
         values |= {key: value for key, value in given.items() if value is not None}
         owners = tuple(dict.fromkeys(draft.owners["lane", (name, lane)]))
         lanes.append(ln := Lane(name=lane, owners=owners, **values))
