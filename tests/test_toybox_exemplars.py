@@ -74,13 +74,13 @@ def test_the_stock_pipeline_loads_it_and_fills_holes_as_exemplars_say():
         pictures,
         holes,
         num_inference_steps=STEPS,
-        guidance_scale=3.0,
+        guidance_scale=5.0,
         generator=generator,
         output_type="pt",
     ).images
     assert found(drawn.float(), items) >= ITEMS // 2
     outside = (drawn.float() - (pictures / 2 + 0.5)).abs() * (1 - holes)
-    assert float(outside.mean()) < 0.05
+    assert float(outside.mean()) < 0.1
 
 
 @pytest.mark.parametrize("name", CAPS)
