@@ -304,8 +304,8 @@ def test_a_method_becomes_a_row_per_value_of_its_setting(tmp_path: Path, swept: 
     plain = experiment(tmp_path, "plain", "{source_trajectory: {}}")
     made = methods.build([told, noised, plain], swept)
     assert [m.name for m in made[:3]] == ["told-1", "told-1.2", "told-1.4"]
-    assert [m.name for m in made[7:9]] == ["noised-0.3", "noised-0.4"]
-    assert [m.name for m in made[14:]] == ["plain", "copy"]
+    assert [m.name for m in made[7:9]] == ["noised-0.3", "noised-0.5"]
+    assert [m.name for m in made[10:]] == ["plain", "copy"]
     assert {m.series for m in made} == {"told", "noised", ""}
     first, second = made[0].identity["method"], made[1].identity["method"]
     assert (first["plugins"]["instruct"], second["plugins"]["instruct"]) == (
