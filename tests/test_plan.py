@@ -1,6 +1,6 @@
 """The plan: what is decided before the first step, and every conflict that is refused there."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -405,14 +405,19 @@ TEXT_DRIVEN = [
 ]  # fmt: skip
 
 
+@cache
+def experiments():
+    return [config.load(name) for name in SHIPPED]
+
+
 @pytest.mark.parametrize("plugin", TEXT_DRIVEN)
 def test_every_text_driven_method_is_there_for_the_toybox_and_for_a_full_size_model(plugin):
-    using = {e.model for name in SHIPPED if plugin in (e := config.load(name)).plugins}
+    using = {experiment.model for experiment in experiments() if plugin in experiment.plugins}
     assert using & PUBLISHED.keys() and any(model.startswith("toybox/") for model in using)
 
 
 def test_every_hub_model_of_the_experiments_is_described():
-    hub = {model for name in SHIPPED if "/" in (model := config.load(name).model)}
+    hub = {experiment.model for experiment in experiments() if "/" in experiment.model}
     assert {model for model in hub if not model.startswith("toybox/")} <= PUBLISHED.keys()
 
 
