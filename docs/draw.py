@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import inlay
+from inlay.cli import insertion
 from inlay.cli.experiment import execute
 from inlay.cli.run import hush_loading_bars
 from inlay.cli.sheet import overlay
 from inlay.events import Result
 from inlay_config import config
-from inlay_config.images import save, to_pil, to_tensor
+from inlay_config.images import open_image, save, to_pil, to_tensor
 from inlay_toybox import backdrop, world
 from inlay_toybox.classes import BY_NAME
 from inlay_toybox.quality.exemplars import view
@@ -119,9 +120,9 @@ def rf_inversion() -> list[Panel]:
     return panels + [(f"eta {e:g}", edit(result)) for e, result in made.items()]
 
 
-def candidates(name: str, shown: int = 3) -> list[Panel]:
+def candidates(name: str, shown: int = 3, *overrides: str) -> list[Panel]:
     """The source and the best of what was drawn, the best first."""
-    made = drawn(name, "seed=1")
+    made = drawn(name, "seed=1", *overrides)
     panels = [("source", to_pil(made.images["source"])[0])]
     scores = made.board["rank:scores"].tolist()
     pictures = to_pil(made.images["edit"])[:shown]
@@ -142,6 +143,98 @@ def remove() -> list[Panel]:
 
 def background() -> list[Panel]:
     return candidates("blended/background")
+
+
+def alter() -> list[Panel]:
+    """The picture, and the object in another colour."""
+    with TemporaryDirectory() as folder:
+        toy("a red bus on the road").save(path := Path(folder, "bus.png"))
+        return candidates("blended/alter", 3, f"input.image={path}")
+
+
+def several() -> list[Panel]:
+    return candidates("blended/candidates", 8)
+
+
+def latent_optimisation() -> list[Panel]:
+    return candidates("latent_optimisation")
+
+
+def toy(caption: str, without: bool = False) -> Image.Image:
+    """A picture of the toybox world, or of the place without its first object."""
+    scene = next(s for s in map(world.sample, range(3000)) if s.caption == caption)
+    return to_pil(to_tensor(world.render(scene.without(0) if without else scene, 64).image))[0]
+
+
+def cut_out() -> Image.Image:
+    """A bus on grey, as CLIP sees what is inside a mask."""
+    scene = world.views("bus", 1, 9, colour="red")[0]
+    drawn = world.render(scene)
+    grey = np.where(drawn.masks[0][..., None], drawn.image, 128).astype(np.uint8)
+    left, top, right, _ = (int(side) for side in drawn.boxes[0])
+    side = right - left + 6
+    square = (left - 3, top - 6, left - 3 + side, top - 6 + side)
+    return Image.fromarray(grey).crop(square).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def image_guided() -> list[Panel]:
+    """A picture in a prompt's place."""
+    with TemporaryDirectory() as folder:
+        cut_out().save(reference := Path(folder, "bus.png"))
+        toy("a cow on the grass", without=True).save(place := Path(folder, "grass.png"))
+        images = f"plugins.clip_guidance.images=[{reference}]"
+        made = drawn("blended_image_guided", f"input.image={place}", images)
+    panels = [("guide", cut_out()), ("source", to_pil(made.images["source"])[0])]
+    scores = made.board["rank:scores"].tolist()
+    best = zip(scores, to_pil(made.images["edit"])[:2], strict=False)
+    return panels + [(f"distance {d:.2f}", picture) for d, picture in best]
+
+
+def inpaint() -> list[Panel]:
+    """Half an object is drawn anew."""
+    picture = toy("a cow on the grass")
+    with TemporaryDirectory() as folder:
+        picture.save(path := Path(folder, "cow.png"))
+        said = ("plugins.region.box=[0.5,0.5,0.75,1.0]", "seed=1", "n=2")
+        made = drawn("blended/inpaint", f"input.image={path}", *said)
+    hole = overlay(to_pil(made.board["mask:region"])[0], picture)
+    shown = [("filled", filled) for filled in to_pil(made.images["edit"])]
+    return [("picture", picture), ("hole", hole), *shown]
+
+
+def scribble() -> list[Panel]:
+    """What is drawn into the picture, and what becomes of it."""
+    made = drawn("blended/scribble", "n=2")
+    panels = [(k, to_pil(made.images[k])[0]) for k in ("source", "scribble")]
+    return panels + [("edit", picture) for picture in to_pil(made.images["edit"])]
+
+
+def piece() -> list[Panel]:
+    """A piece of another picture, and what becomes of it."""
+    other = Image.fromarray(world.render(world.views("bus", 1, 9, colour="red")[0], 64).image)
+    with TemporaryDirectory() as folder:
+        other.save(path := Path(folder, "other.png"))
+        said = [f"plugins.scribble.picture={path}", "plugins.scribble.cut=[0.16,0.47,0.63,0.87]"]
+        made = drawn("blended_piece", "n=2", "plugins.region.box=[0.2,0.4,0.7,0.83]", *said)
+    panels = [("other picture", other), ("pasted", to_pil(made.images["scribble"])[0])]
+    return panels + [("edit", picture) for picture in to_pil(made.images["edit"])]
+
+
+def scene(name: str) -> list[Panel]:
+    """The picture before, and the one that is taken after each edit."""
+    with TemporaryDirectory() as folder:
+        told = insertion.play(name, [], Path(folder), quiet=True)
+        done = [insertion.Done(**each) for each in told["done"]]
+        files = [("source", done[0].before), *((d.subject, d.pictures[d.taken]) for d in done)]
+        return [(title, open_image(Path(folder, file))) for title, file in files]
+
+
+def chain() -> list[Panel]:
+    return scene("blended_chain")
+
+
+def extrapolation() -> list[Panel]:
+    return scene("extrapolation")[1:]
 
 
 def algorithms() -> list[Panel]:
@@ -284,7 +377,10 @@ FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
     "attention": (
         reweight, pag, mutual_self_attention, shared_attention, regional_prompts, attention_maps,
     ),
-    "blended": (add, replace, remove, background, algorithms),
+    "blended": (
+        add, replace, alter, remove, background, several, scribble, piece, inpaint, extrapolation,
+        chain, algorithms, image_guided, latent_optimisation,
+    ),
     "exemplars": (exemplar_attention, crop_and_zoom),
     "edits": (sdedit, flow_edit, rf_inversion),
     "together": (guided_addit, words_in_a_box),
@@ -294,12 +390,13 @@ FIGURES: dict[str, tuple[Callable[[], list[Panel]], ...]] = {
 
 def row(panels: list[Panel]) -> Image.Image:
     """Panels side by side, their titles above; toybox pixels stay squares."""
-    sheet = Image.new("RGB", (len(panels) * (SIDE + GAP) - GAP, HEAD + SIDE), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
-    for i, (title, picture) in enumerate(panels):
-        left = i * (SIDE + GAP)
+    widths = [SIDE * picture.width // picture.height for _, picture in panels]
+    sheet = Image.new("RGB", (sum(widths) + GAP * (len(panels) - 1), HEAD + SIDE), "white")
+    pen, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT), 0
+    for (title, picture), width in zip(panels, widths, strict=True):
         pen.text((left, 2), title, fill="#222222", font=font)
-        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, HEAD))
+        sheet.paste(picture.resize((width, SIDE), Image.Resampling.NEAREST), (left, HEAD))
+        left += width + GAP
     return sheet
 
 
