@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from inlay_toybox import sheets, training
-from inlay_toybox.quality.figures import figures, folder, shipped
+from inlay_toybox.quality.figures import figures, home, shipped
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def size(model: Path) -> Size:
 
 def own(name: str) -> Size:
     """The size of one subject: the autoencoder is counted for itself and not for toybox/flux."""
-    whole = size(folder(name))
+    whole = size(home(name))
     if name != "flux":
         return whole
-    part = size(folder("vae"))
+    part = size(home("vae"))
     return Size(whole.parameters - part.parameters, whole.bytes - part.bytes)
 
 
@@ -69,7 +69,7 @@ def model_table(names: list[str]) -> str:
         title = "the shared `vae`" if name == "vae" else f"`toybox/{name}`"
         lines.append(
             f"| {title} | {one.parameters / 1e6:.2f} M | {one.bytes / 1e6:.1f} MB | "
-            f"{trained(folder(name))} |"
+            f"{trained(home(name))} |"
         )
     return "\n".join([*lines, f"| together | | {total / 1e6:.1f} MB | |"])
 
@@ -82,7 +82,7 @@ def section(name: str, n: int, pictures: Path) -> str:
     if caption := sheets.draw(name, grid):
         lines += ["", f"![{caption}](pictures/{grid.name})", ""]
         lines += [f"{caption[0].upper()}{caption[1:]}."]
-    record = folder(name) / "training.csv"
+    record = home(name) / "training.csv"
     if record.is_file():
         training.draw_curve(record, curve)
     if curve.is_file():

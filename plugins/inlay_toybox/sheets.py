@@ -115,6 +115,26 @@ def _sam2() -> torch.Tensor:
     return sample(segmenter.load(), UNSEEN, COUNT)
 
 
+def _instructed(name: str) -> torch.Tensor:
+    from inlay_toybox.quality.conditioned import additions, instructed, rendered
+
+    asked = additions(COUNT // 2)
+    pairs = [rendered([edit.before for edit in asked]), instructed(name, asked)]
+    return torch.stack(pairs, 1).flatten(0, 1)
+
+
+def _filled() -> torch.Tensor:
+    from inlay_toybox.quality.conditioned import filled
+
+    items, made = filled(COUNT // 4)
+    shown = [(i.picture, i.exemplar.resize((64, 64)), i.truth) for i in items]
+    tiles = torch.from_numpy(np.stack([[np.array(p) for p in three] for three in shown]))
+    tiles = tiles.permute(0, 1, 4, 2, 3) / 255
+    holes = torch.stack([torch.from_numpy(item.region) for item in items])
+    tiles[:, 0][holes[:, None].expand(-1, 3, -1, -1)] = 0.5
+    return torch.cat([tiles[:, :2], made[:, None], tiles[:, 2:]], 1).flatten(0, 1)
+
+
 SHEETS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "flux": (_flux, f"the first {COUNT} unseen prompts, not selected"),
     "sd": (_sd, f"the first {COUNT} unseen prompts, not selected"),
@@ -123,6 +143,14 @@ SHEETS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "ddpm": (_ddpm, f"the first {COUNT} samples of 100 steps of its own scheduler, not selected"),
     "vae": (_vae, "unseen scenes, each followed by its round trip"),
     "detector": (_detector, "unseen scenes and the boxes found in them"),
+    **{
+        name: (partial(_instructed, name), "unseen scenes, each followed by what was to be added")
+        for name in ("instruct", "magicbrush", "erasedraw")
+    },
+    "paint-by-example": (
+        _filled,
+        "unseen holes, the exemplar of each, what is drawn, and a right answer",
+    ),
     "sam2": (
         _sam2,
         "one random click per object in unseen scenes: right in green, too much in red, missing "

@@ -105,6 +105,21 @@ def _ddpm(n: int) -> dict[str, Any]:
     return unconditional_quality(n)
 
 
+def _instructed(name: str) -> Callable[[int], dict[str, Any]]:
+    def measure(n: int) -> dict[str, Any]:
+        from inlay_toybox.quality.conditioned import instruction_quality
+
+        return instruction_quality(name, max(1, n // 2))
+
+    return measure
+
+
+def _filled(n: int) -> dict[str, Any]:
+    from inlay_toybox.quality.conditioned import exemplar_quality
+
+    return exemplar_quality(max(1, n // 2))
+
+
 _NAMED = {
     "classes": ("unseen views of one object, nearest of 32 class names", "0.95"),
     "captions": ("… nearest of 32 captions over its ground", "0.95"),
@@ -119,6 +134,12 @@ _DRAWN = {
     "held_out": ("the same, (class, ground) pairs held out of training", ""),
     "pictures": ("pictures with every object found", ""),
     "swapped": ("chance: each picture read with the next prompt", ""),
+}
+
+_ADDED = {
+    "added": ("objects that an instruction adds to unseen scenes and the detector finds", ""),
+    "before": ("chance: the same class found before", ""),
+    "kept": ("PSNR in dB where nothing was to change", ""),
 }
 
 SUBJECTS: dict[str, Subject] = {
@@ -149,6 +170,18 @@ SUBJECTS: dict[str, Subject] = {
         },
         ("detector", "judge"),
     ),
+    **{
+        name: Subject(_instructed(name), _ADDED, ("detector",))
+        for name in ("instruct", "magicbrush", "erasedraw")
+    },
+    "paint-by-example": Subject(
+        _filled,
+        {
+            "shown": ("unseen holes in which the detector finds the exemplar's class", "0.85"),
+            "swapped": ("chance: the next exemplar's class", ""),
+        },
+        ("detector",),
+    ),
     "sam2": Subject(
         _sam2,
         {
@@ -169,6 +202,11 @@ SUBJECTS: dict[str, Subject] = {
 def folder(name: str) -> Path:
     """The shipped weights of a subject."""
     return path("flux") / "vae" if name == "vae" else path(name)
+
+
+def home(name: str) -> Path:
+    """Where a subject ships: of what is a difference to another model, the difference."""
+    return folder(name) if name == "vae" else path("flux").parent / name
 
 
 def shipped(names: list[str] | None = None) -> list[str]:
