@@ -13,7 +13,7 @@ from itertools import combinations
 import comparison
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from inlay_bench import intervals, methods, networks, pictures, report, runner, tasks
 from inlay_bench.measures import Column
@@ -26,7 +26,9 @@ from inlay_bench.terminal import Progress
 from inlay_config.images import open_image, save, to_tensor
 
 OUT = comparison.OUT / "blending"
-STEPS = "steps=30"  # of 60 that the experiments in pixels ship with, for half the time
+MILD, SET, STRONG = (
+    ("steps=30", f"plugins.clip_guidance.scale={scale}") for scale in (100, 300, 1000)
+)
 WORD = 'plugins.clip_guidance.prompts="${prompt.edit} with the word bus"'
 
 
@@ -43,38 +45,59 @@ class Row:
     given: tuple[str, ...] = ()
 
 
-PLAIN = Row("algorithm-2", "Algorithm 2", "blended_diffusion", (STEPS,))
-BARE = Row("no-augmentations", "… without augmentations", "blended_diffusion",
-           (STEPS, "plugins.extending_augmentations=null"))  # fmt: skip
+UNWARPED = "plugins.extending_augmentations=null"
+PLAIN = Row("algorithm-2", "Algorithm 2, guided by 300", "blended_diffusion", SET)
+BARE = Row("unwarped", "… no augmentations", "blended_diffusion", (*SET, UNWARPED))
 LATENT = Row("latent", "Blended Latent Diffusion", "blended_latent_diffusion")
 ROWS = (
     PLAIN,
     BARE,
     Row("pasted", "… not blended, pasted at the end", "blended_diffusion",
-        (STEPS, "plugins.latent_blend=null"), 0.25),
-    Row("word", "… the prompt asks for a written word", "blended_diffusion", (STEPS, WORD), 0.25),
-    Row("image", "… led by a picture of the object", "blended_image_guided", (STEPS,), 0.25,
+        (*SET, "plugins.latent_blend=null"), 0.5),
+    Row("word", "… the prompt asks for a written word", "blended_diffusion", (*SET, WORD), 0.5),
+    Row("image", "… led by a picture of the object", "blended_image_guided", SET, 0.5,
         ("clip_guidance.images", "rank.images")),
+    Row("mild", "Algorithm 2, guided by 100", "blended_diffusion", MILD),
+    Row("mild-unwarped", "… no augmentations", "blended_diffusion", (*MILD, UNWARPED)),
+    Row("strong", "Algorithm 2, guided by 1000", "blended_diffusion", STRONG),
+    Row("strong-unwarped", "… no augmentations", "blended_diffusion", (*STRONG, UNWARPED)),
     Row("algorithm-1-100", "Algorithm 1, λ = 100", "local_clip_guidance",
-        (STEPS, "plugins.background_loss.l2=100"), 0.25),
-    Row("algorithm-1", "Algorithm 1, λ = 1000", "local_clip_guidance", (STEPS,)),
+        (*SET, "plugins.background_loss.l2=100"), 0.5),
+    Row("algorithm-1", "Algorithm 1, λ = 1000", "local_clip_guidance", SET),
     Row("algorithm-1-10000", "Algorithm 1, λ = 10000", "local_clip_guidance",
-        (STEPS, "plugins.background_loss.l2=10000"), 0.25),
+        (*SET, "plugins.background_loss.l2=10000"), 0.5),
     LATENT,
-    Row("optimisation", "a latent, optimised by CLIP", "latent_optimisation", (), 0.25),
+    Row("optimisation", "a latent, optimised by CLIP", "latent_optimisation", (), 0.5),
     Row("twin", "the true picture", "twin"),
     Row("copy", "the input", "copy"),
 )  # fmt: skip
-SEEDS, SCENES = 4, 0.075  # runs of each scene for diversity; scenes, of the items
-OTHERS = ("no-augmentations", "pasted", "algorithm-1", "latent")
-SHEET = ("algorithm-2", "no-augmentations", "algorithm-1", "pasted", "latent", "twin")
+SEEDS, SCENES = 4, 0.03  # runs of each scene for diversity; scenes, of the items
+PAIRS = (
+    ("mild", "mild-unwarped", "guided by 100: augmentations"),
+    ("algorithm-2", "unwarped", "guided by 300: augmentations"),
+    ("strong", "strong-unwarped", "guided by 1000: augmentations"),
+    ("algorithm-2", "pasted", "blending, beside pasting at the end"),
+    ("algorithm-2", "algorithm-1", "Algorithm 2, beside Algorithm 1"),
+    ("algorithm-2", "latent", "Algorithm 2, beside Blended Latent Diffusion"),
+)
+"""Two rows, and what the first has that the second has not."""
+SHEET = {
+    "Alg. 2": "algorithm-2",
+    "by 1000": "strong",
+    "no augm.": "strong-unwarped",
+    "pasted": "pasted",
+    "Alg. 1": "algorithm-1",
+    "latent": "latent",
+    "true": "twin",
+}
 
 
 def section(args: Namespace) -> str:
-    """Every row, its differences to Algorithm 2, and how much runs of one scene differ."""
-    done = {row: evaluate(row, max(1, round(args.items * row.share))) for row in ROWS}
+    """Every row, what is gained by what, and how much runs of one scene differ."""
+    items = args.items * 2 // 5
+    done = {row: evaluate(row, max(1, round(items * row.share))) for row in ROWS}
     save(sheet(done), OUT.with_suffix(".png"))
-    several = {row: evaluate(row, max(1, round(args.items * SCENES)), SEEDS)
+    several = {row: evaluate(row, max(1, round(items * SCENES)), SEEDS)
                for row in (PLAIN, BARE, LATENT)}  # fmt: skip
     said = report.notes(report.summarise(done[PLAIN]))
     return "\n".join([*means(done), "", *comparisons(done), "", *diversities(several), "",
@@ -120,18 +143,18 @@ def means(done: dict[Row, Evaluation]) -> list[str]:
 
 
 def comparisons(done: dict[Row, Evaluation]) -> list[str]:
-    """What Algorithm 2 is ahead by, item by item."""
-    columns, rows = columns_of(done), [r for r in done if r.name in OTHERS]
+    """What one row is ahead of another by, item by item."""
+    columns, named = columns_of(done), {row.name: evaluation for row, evaluation in done.items()}
     lines = []
-    for row in rows:
-        n = min(len(done[row].items), len(done[PLAIN].items))
+    for ours, theirs, label in PAIRS:
+        both = named[ours], named[theirs]
+        n = min(len(evaluation.items) for evaluation in both)
         drawn, cells = intervals.draws(n), []
         for column in columns:
-            ours, theirs = (values(done[r], column.key)[:n] for r in (PLAIN, row))
-            cells.append(report.shown(intervals.difference(ours, theirs, drawn), column, True))
-        lines.append((row.title.removeprefix("… "), str(n), *cells))
-    head = ("Algorithm 2 less", "items", *(c.title for c in columns))
-    return report.table(head, lines)
+            a, b = (values(evaluation, column.key)[:n] for evaluation in both)
+            cells.append(report.shown(intervals.difference(a, b, drawn), column, True))
+        lines.append((label, str(n), *cells))
+    return report.table(("gained by", "items", *(c.title for c in columns)), lines)
 
 
 def diversities(several: dict[Row, Evaluation]) -> list[str]:
@@ -173,24 +196,24 @@ def values(evaluation: Evaluation, key: str) -> intervals.Values:
     return report.column_of(evaluation, evaluation.methods[0], key)
 
 
-def sheet(done: dict[Row, Evaluation], items: int = 12, columns: int = 2) -> Image.Image:
-    """The first items, each a line: the input, then `SHEET`; the mask's border is drawn nowhere."""
-    rows = [(row, evaluation) for name in SHEET for row, evaluation in done.items()
-            if row.name == name]  # fmt: skip
-    lines = []
-    for item in done[PLAIN].items[:items]:
-        line = [item.picture]
-        for _, evaluation in rows:
-            path = pictures.path_of(evaluation.folder, evaluation.methods[0], item.id)
-            line.append(open_image(path) if path.is_file() else None)
-        lines.append(line)
-    side = lines[0][0].width
-    width, height = len(lines[0]) * (side + 2) + 6, -(-len(lines) // columns) * (side + 4)
-    canvas = Image.new("RGB", (columns * width, height), "white")
-    for i, line in enumerate(lines):
-        for k, tile in enumerate(line):
-            if tile is not None:
-                canvas.paste(
-                    tile, (i % columns * width + k * (side + 2), i // columns * (side + 4))
-                )
-    return canvas.resize((canvas.width * 2, canvas.height * 2), Image.Resampling.NEAREST)
+def sheet(done: dict[Row, Evaluation], items: int = 6, columns: int = 2) -> Image.Image:
+    """The first items, nothing selected, each a line of the input and `SHEET`, twice as large."""
+    named = {row.name: evaluation for row, evaluation in done.items()}
+    folders = {title: (named[name].folder, name) for title, name in SHEET.items()}
+    folders = {"input": (done[PLAIN].folder, "input"), **folders}
+    shown = done[PLAIN].items[:items]
+    side = shown[0].truth["region"].shape[0] + comparison.GAP
+    width = len(folders) * side + 3 * comparison.GAP
+    height = -(-len(shown) // columns) * side + comparison.HEAD
+    canvas = Image.new("RGB", (2 * columns * width, 2 * height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for k, (title, (folder, name)) in enumerate(folders.items()):
+        for i, item in enumerate(shown):
+            x, y = i % columns * width + k * side, comparison.HEAD + i // columns * side
+            pen.text((2 * x + 2, 4), title, fill="black")
+            path = pictures.path_of(folder, name, item.id)
+            if path.is_file():
+                tile = open_image(path)
+                tile = tile.resize((2 * tile.width, 2 * tile.height), Image.Resampling.NEAREST)
+                canvas.paste(tile, (2 * x, 2 * y))
+    return canvas

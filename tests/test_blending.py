@@ -150,6 +150,7 @@ def section(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_every_row_of_the_section_can_be_built(section: Any) -> None:
     names = [section.method_of(row, TASK).name for row in section.ROWS]
     assert len(set(names)) == len(section.ROWS)
+    assert {name for *pair, _ in section.PAIRS for name in pair} <= {r.name for r in section.ROWS}
 
 
 def test_rows_are_measured_once_and_stand_in_one_table(
@@ -164,9 +165,9 @@ def test_rows_are_measured_once_and_stand_in_one_table(
         ["| the true picture", "2", "1.000 [1.000, 1.000]"],
         ["| the input", "2", "0.000 [0.000, 0.000]"],
     ]
-    monkeypatch.setattr(section, "OTHERS", ("copy",))
-    assert "| the input | 2 | +1.000 [+1.000, +1.000] |" in section.comparisons(done)[2]
+    monkeypatch.setattr(section, "PAIRS", (("twin", "copy", "truth"),))
+    assert "| truth | 2 | +1.000 [+1.000, +1.000] |" in section.comparisons(done)[2]
     several = {rows["twin"]: section.evaluate(rows["twin"], 1, repeats=2)}
     assert section.diversities(several)[2] == "| the true picture | 2 of 2 | 1 | 0.000 |"
-    monkeypatch.setattr(section, "SHEET", ("twin",))
-    assert section.sheet(done, 2).size == (2 * 2 * (2 * 66 + 6), 2 * 68)
+    monkeypatch.setattr(section, "SHEET", {"true": "twin"})
+    assert section.sheet(done, 2).size == (2 * 2 * (2 * 66 + 6), 2 * (66 + 12))
