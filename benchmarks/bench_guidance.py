@@ -132,7 +132,7 @@ def bench_ranking_in_batches(benchmark):
     scores = []
     for batch in (32, 1):
         rank = Rank(Rank.Config(scope="image", batch=batch))
-        rank.texts = {"a red bus": 1.0}
+        rank.texts, rank.files = {"a red bus": 1.0}, {}
         scores.append(lambda rank=rank: rank.scores(pictures, None))
     with torch.no_grad():
         torch.testing.assert_close(scores[0](), scores[1]())
