@@ -82,6 +82,30 @@ def test_a_tower_of_another_model_costs_nothing(models):
     assert deltas.expand(delta, base) != made
 
 
+def test_a_model_of_another_kind_ships_what_it_does_not_share(models):
+    """With rank 0, to the byte; a tuned one's base may then be such a model, out of the cache."""
+    base, tuned, delta = models
+    (tuned / "vae").mkdir()
+    (base / "vae").mkdir()
+    for folder in (base, tuned):
+        (folder / "vae" / "w.safetensors").write_bytes(b"the same")
+    deltas.write(tuned, base, delta, 0)
+    assert {p.name for p in delta.iterdir()} == {deltas.NAME, "unet", "head", "tokenizer"}
+    made = deltas.expand(delta, base)
+    for file in (p for p in tuned.rglob("*") if p.is_file()):
+        ours = (made / file.relative_to(tuned)).read_bytes()
+        assert ours == file.read_bytes() or json.loads(ours) == {"channels": 4, "in": 9}
+    held = load_file(inlay_toybox.path("clip") / "model.safetensors")
+    held = {n: t.float() for n, t in held.items() if t.numel() < 9}
+    further, name = made.parent / "further", "head/weights.safetensors"
+    (further / "head").mkdir(parents=True)
+    save_file(held, further / name)
+    deltas.write(further, made, delta.parent / "next", 3, {name: "../clip/model.safetensors"})
+    assert not load_file(delta.parent / "next" / deltas.NAME)["integers"].numel()
+    found = load_file(deltas.expand(delta.parent / "next", made) / name)
+    assert held and all(torch.equal(found[n], t) for n, t in held.items())
+
+
 def test_a_delta_is_small(models):
     base, tuned, delta = models
     deltas.write(tuned, base, delta, 3, {"head/weights.safetensors": "unet/weights.safetensors"})

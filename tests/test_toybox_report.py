@@ -69,14 +69,13 @@ def test_figures_are_measured_again_for_other_weights_or_numbers(page, monkeypat
     assert calls == [5, 6, 5]
 
 
-def test_weights_behind_a_link_are_not_counted_twice(tmp_path):
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "sd" / "unet").mkdir(parents=True)
-    save_file({"w": torch.zeros(3, 5), "b": torch.zeros(())}, tmp_path / "vae/m.safetensors")
-    save_file({"w": torch.zeros(7)}, tmp_path / "sd/unet/m.safetensors")
-    (tmp_path / "sd" / "vae.safetensors").symlink_to("../vae/m.safetensors")
-    assert report.size(tmp_path / "vae").parameters == 16
-    assert report.size(tmp_path / "sd").parameters == 7
+def test_weights_below_a_folder_are_counted(tmp_path):
+    (tmp_path / "unet").mkdir()
+    save_file({"w": torch.zeros(3, 5), "b": torch.zeros(())}, tmp_path / "unet/m.safetensors")
+    save_file({"w": torch.zeros(7)}, tmp_path / "m.safetensors")
+    assert report.size(tmp_path).parameters == 16 + 7
+    assert inlay_toybox.path("sd") != figures.home("sd")  # whose shared part is not among its own
+    assert not list(figures.home("sd").glob("vae/*"))
 
 
 def test_every_model_has_figures_and_a_grid():

@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     ship.add_argument("tuned", type=Path, help="folder that `inlay train` wrote to")
     ship.add_argument("out", type=Path, help="its folder below models/")
     ship.add_argument("--base", default="sd", help="name of the model that it was tuned from")
-    ship.add_argument("--rank", type=int, default=24, help="of what is kept of a weight")
+    ship.add_argument(
+        "--rank", type=int, default=24, help="of what is kept of a weight; 0: files that differ"
+    )
     ship.add_argument(
         "--source",
         action="append",

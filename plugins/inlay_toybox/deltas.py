@@ -2,7 +2,8 @@
 
 A folder with ``delta.safetensors`` holds, for every weight that differs from the base's, two
 factors of low rank or the whole difference, in 8-bit integers with a scale per row; of other files
-those that differ. ``expand`` writes the stock layout from it into the cache, once.
+those that differ. ``expand`` writes the stock layout from it into the cache, once. A model of
+another kind, which shares a part with its base and no more, ships its own files as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 NAME = "delta.safetensors"
+SHIPPED = Path(__file__).parent / "models"
 
 
 def write(
@@ -38,7 +40,8 @@ def write(
         tuned: a folder of any layout.
         base: folder of the model that it was trained from, one of ``inlay_toybox.MODELS``.
         folder: where to write; below ``models/`` to ship it.
-        rank: of the factors. What was trained with at most this rank loses nothing but bits.
+        rank: of the factors. What was trained with at most this rank loses nothing but bits. With 0
+            files that differ ship as they are, weights too, and nothing is inherited unlike.
         sources: weights of ``tuned`` ("reference/unet/x.safetensors") -> those of ``base`` with
             which they are compared ("unet/x.safetensors"; "../clip/x.safetensors" is of another
             model), where the names differ.
@@ -53,8 +56,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     streams, weights = Streams(), dict[str, dict[str, tuple[list[int], int | None]]]()
     for file in files:
-        known = base / sources.get(file, file)
-        if file.endswith(".safetensors"):
+        known = _known(base, sources.get(file, file))
+        if rank and file.endswith(".safetensors"):
             new, old = load_file(tuned / file), load_file(known) if known.is_file() else {}
             weights[file] = {
                 name: (
@@ -63,7 +66,7 @@ def write(
                 )
                 for name, value in new.items()
             }
-        elif known.is_file() and Path(file).parts[0] in inherit:
+        elif rank and known.is_file() and Path(file).parts[0] in inherit:
             continue
         elif not known.is_file() or _content(known) != _content(tuned / file):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,13 @@ def write(
     save_file(streams.tensors(), partial, {key: json.dumps(v) for key, v in told.items()})
     partial.replace(folder / NAME)
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _known(base: Path, file: str) -> Path:
+    """A file of the base, or of a model beside it ("../clip/model.safetensors"), or beside those
+    that ship, where the base is one that was expanded itself."""
+    beside = file.startswith("../") and not (base / file).is_file()
+    return SHIPPED / file.removeprefix("../") if beside else base / file
 
 
 def _content(file: Path) -> bytes:
@@ -192,7 +202,7 @@ def _write_stock(folder: Path, base: Path, target: Path) -> None:
     streams = Streams(load_file(folder / NAME))
     for file in told["files"]:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        known = base / told["sources"].get(file, file)
+        known = _known(base, told["sources"].get(file, file))
         if file not in told["weights"]:
             shutil.copyfile(folder / file if (folder / file).is_file() else known, target / file)
             continue
@@ -218,5 +228,5 @@ def _digest(folder: Path, base: Path) -> str:
         for file in sorted(p for p in root.rglob("*") if p.is_file()):
             digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
     for name in sorted(name for name in sources if ".." in name):
-        digest.update(name.encode() + (base / name).read_bytes())
+        digest.update(name.encode() + _known(base, name).read_bytes())
     return digest.hexdigest()[:12]

@@ -27,8 +27,8 @@ class Size:
 
 
 def size(model: Path) -> Size:
-    """Counts the weights below a folder; a link belongs to the model it points to."""
-    files = [file for file in model.rglob("*.safetensors") if not file.is_symlink()]
+    """Counts the weights below a folder."""
+    files = list(model.rglob("*.safetensors"))
     count = 0
     for file in files:
         with safe_open(file, "pt") as weights:

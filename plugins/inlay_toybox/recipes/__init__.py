@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay_toybox import path
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -25,8 +27,9 @@ class Recipe:
 
     @property
     def model(self) -> Path:
-        """The shipped model's folder, whether there already or not."""
-        return Path(__file__).parents[1] / "models" / self.start
+        """The shipped model's folder in its stock layout, whether there already or not."""
+        name, *part = self.start.split("/")
+        return path(name).joinpath(*part)
 
     def load(self) -> Callable[..., Path]:
         """The function ``train(minutes, out, device, …)``, which returns the model's folder."""
