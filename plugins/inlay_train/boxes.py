@@ -118,13 +118,14 @@ class SelfReference:
         return len(self.listed) + self.scenes
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
+        finer: Tensor | None = None
         if index >= len(self.listed):
-            picture, box = of_toybox(index - len(self.listed), self.size, rng)
+            picture, finer, box = of_toybox(index - len(self.listed), self.size, rng)
         else:
             file, boxes = self.listed[index]
             picture = pil_to_tensor(open_image(file, str(file))).float() / 255
             box = _pixels(boxes[int(rng.integers(len(boxes)))], *picture.shape[-2:])
-        pair = make(picture, box, self.size, self.shown, rng, self.settings)
+        pair = make(picture, box, self.size, self.shown, rng, self.settings, finer)
         return {"picture": pair.picture, "mask": pair.mask, "exemplar": pair.exemplar}
 
 
@@ -138,17 +139,21 @@ def _pixels(sides: tuple[float, ...], height: int, width: int) -> Box:
     )
 
 
-def of_toybox(seed: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Box]:
-    """A scene `3 s s` and the box of one object that shows enough of itself; the next scene that
-    has one where this has none."""
+def of_toybox(seed: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Box]:
+    """A scene `3 s s`, the same drawn twice as large, and the box in the first of one object that
+    shows enough of itself; the next scene that has one where this has none."""
     from inlay_toybox import world
 
     while True:
-        drawn = world.render(world.sample(seed), size)
+        scene = world.sample(seed)
+        drawn = world.render(scene, size)
         least = SMALLEST * size**2 / 64**2
         if len(seen := np.flatnonzero(drawn.masks.sum((1, 2)) >= least)):
             break
         seed += 1
     left, top, right, bottom = (int(side) for side in drawn.boxes[int(rng.choice(seen))])
-    picture = torch.from_numpy(drawn.image).permute(2, 0, 1).float() / 255
-    return picture, (left, top, right, bottom)
+    picture, finer = (
+        torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        for image in (drawn.image, world.render(scene, 2 * size).image)
+    )
+    return picture, finer, (left, top, right, bottom)

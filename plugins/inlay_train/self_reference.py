@@ -175,14 +175,24 @@ def _warped(picture: Tensor, matrix: np.ndarray) -> Tensor:
 
 
 def make(
-    picture: Tensor, box: Box, side: int, shown: int, rng: np.random.Generator, settings: Settings
+    picture: Tensor,
+    box: Box,
+    side: int,
+    shown: int,
+    rng: np.random.Generator,
+    settings: Settings,
+    finer: Tensor | None = None,
 ) -> Pair:
     """The pair of one object in a picture `3 h w`: sides `side` of the picture, `shown` of the
     exemplar. Masks are soft where the resized hole has its edge.
+
+    finer: the picture some whole number of times larger, from which the exemplar is cut out.
     """
     height, width = picture.shape[-2:]
-    left, top, right, bottom = grown(box, settings.grow, width, height)
-    exemplar = augmented(picture[:, top:bottom, left:right], shown, rng, settings)
+    shown_in = picture if finer is None else finer
+    more = shown_in.shape[-1] // width
+    left, top, right, bottom = (more * s for s in grown(box, settings.grow, width, height))
+    exemplar = augmented(shown_in[:, top:bottom, left:right], shown, rng, settings)
     mask, wide = hole(box, width, height, rng, settings)
     if settings.crop:
         left, top, right, bottom = window(wide, width, height, rng)
