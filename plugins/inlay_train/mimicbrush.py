@@ -42,8 +42,9 @@ class MimicBrush(Recipe):
         pixels. changes, masks: of the views. depth: channels of the depth; depth_widths: of the
         layers before. drop_depth, drop_reference: shares of rows that see none. mix: of what is
         read, as in the plugin `imitation`. rank, reference_rank: of what is trained of either U-Net
-        (0: all weights). tower: train CLIP too. encoded: draw and encode every row once. emphasis:
-        what the loss weighs more in the hole. shift: of timesteps towards noise; 1: none."""
+        (0: all weights). train_reference, tower: train the reference U-Net, and CLIP, too. encoded:
+        draw and encode every row once. emphasis: what the loss weighs more in the hole. shift: of
+        timesteps towards noise; 1: none."""
 
         model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         clip: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -58,6 +59,7 @@ class MimicBrush(Recipe):
         mix: float = 0.5
         rank: int = 0
         reference_rank: int = 0
+        train_reference: bool = True
         tower: bool = True
         encoded: bool = False
         emphasis: float = 0.0
@@ -81,6 +83,8 @@ class MimicBrush(Recipe):
         low_rank.add(self.unet, cfg.rank)
         low_rank.add(self.reference_unet, cfg.reference_rank)
         freeze([self.vae, *unread(self.reference_unet)])
+        if not cfg.train_reference:
+            freeze([self.reference_unet])
         self.tower.requires_grad_(cfg.tower)
         freeze(unread_tower(self.tower))
         if not torch.cuda.is_available():
@@ -148,7 +152,8 @@ class MimicBrush(Recipe):
             grid = clean.shape[-2], clean.shape[-1]
             given.append(self.depth_guider(rows["depth"] * known, grid))
         prompt = self._prompt(rows["hidden"], count)
-        read = reference(self.reference_unet, shown[:count], time[:count], prompt[:count])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cfg.train_reference):
+            read = reference(self.reference_unet, shown[:count], time[:count], prompt[:count])
         guess = imitate(
             self.unet, read, torch.cat(given, 1), time, prompt, self.cfg.mix, count
         ).float()
