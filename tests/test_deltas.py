@@ -35,6 +35,8 @@ def models(tmp_path, monkeypatch):
         (unet / "config.json").write_text(json.dumps(config))
         (tmp_path / name / "tokenizer").mkdir()
         (tmp_path / name / "tokenizer" / "t.json").write_text(f'{{"of": "{name}"}}')
+        (tmp_path / name / "scheduler").mkdir()
+        (tmp_path / name / "scheduler" / "s.json").write_text(f'{{"of": "{name}"}}')
     (tmp_path / "tuned" / "head").mkdir()
     head = {"net.a.weight": new["a.weight"], "fresh": torch.randn(4, 6)}
     save_file(head, tmp_path / "tuned" / "head" / "weights.safetensors")
@@ -60,6 +62,7 @@ def test_a_model_comes_back_from_its_delta(models):
     assert torch.equal(unet["same"], old["same"])
     assert json.loads((made / "unet" / "config.json").read_text()) == {"channels": 4, "in": 9}
     assert "base" in (made / "tokenizer" / "t.json").read_text()
+    assert "tuned" in (made / "scheduler" / "s.json").read_text()
 
 
 def test_a_tower_of_another_model_costs_nothing(models):
@@ -90,7 +93,8 @@ def test_a_model_of_another_kind_ships_what_it_does_not_share(models):
     for folder in (base, tuned):
         (folder / "vae" / "w.safetensors").write_bytes(b"the same")
     deltas.write(tuned, base, delta, 0)
-    assert {p.name for p in delta.iterdir()} == {deltas.NAME, "unet", "head", "tokenizer"}
+    kept = {"unet", "head", "tokenizer", "scheduler"}
+    assert {p.name for p in delta.iterdir()} == {deltas.NAME, *kept}
     made = deltas.expand(delta, base)
     for file in (p for p in tuned.rglob("*") if p.is_file()):
         ours = (made / file.relative_to(tuned)).read_bytes()

@@ -9,7 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 import folders
@@ -104,6 +108,21 @@ def test_the_new_channels_do_nothing_at_first(base):
         blind = recipe.unet(torch.cat([noisy, 0 * shown], 1), 10, words).sample
     torch.testing.assert_close(seen, blind, rtol=0, atol=0)
     assert recipe.unet.conv_in.weight[:, 4:].abs().sum() == 0
+
+
+def test_noise_that_hides_all_is_for_models_that_predict_velocities(base, tmp_path):
+    with pytest.raises(ConfigError, match="zero_snr"):
+        build("instruct_pix2pix", f"model={base}", "zero_snr=true")
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    kind = {"prediction_type": "v_prediction"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **kind)
+    pipe.save_pretrained(tmp_path / "base")
+    recipe = build("instruct_pix2pix", f"model={tmp_path / 'base'}", "zero_snr=true")
+    assert recipe.levels.alphas_cumprod[-1] < 1e-6
+    assert recipe(batch(recipe)).isfinite()
+    recipe.save(tmp_path / "model")
+    made = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "model")
+    assert torch.equal(made.scheduler.alphas_cumprod, recipe.levels.alphas_cumprod)
 
 
 def test_conditions_are_dropped_as_published(base, monkeypatch):

@@ -31,7 +31,7 @@ def write(
     folder: Path,
     rank: int,
     sources: Mapping[str, str] | None = None,
-    inherit: tuple[str, ...] = ("tokenizer", "scheduler", "vae"),
+    inherit: tuple[str, ...] = ("tokenizer", "vae"),
     called: str = "",
 ) -> int:
     """Write what ``tuned`` has beyond ``base``, both in stock layouts.

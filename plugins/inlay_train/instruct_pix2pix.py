@@ -24,7 +24,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from inlay_config import registry
-from inlay_config.errors import ModelError
+from inlay_config.errors import ConfigError, ModelError
 from inlay_train import edit_data, low_rank
 from inlay_train.edit_data import EditPairs, Sources
 from inlay_train.recipe import Data, Recipe, Sample, Training, freeze
@@ -39,7 +39,9 @@ class InstructPix2Pix(Recipe):
         the pictures in pixels; grow, flip: see EditPairs. rank: of what is trained (0: all
         weights). text: train the text encoder too. encoded: encode the pairs once. emphasis: what
         the loss weighs more where a pair differs, published: 0. shift: of timesteps towards noise,
-        published: 1, none."""
+        published: 1, none. zero_snr: noise ends at no picture at all, as sampling begins (Lin et
+        al. 2023, "Common Diffusion Noise Schedules and Sample Steps Are Flawed"), published: no;
+        for models that predict velocities."""
 
         model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         data: Sources = field(default_factory=Sources)
@@ -52,6 +54,7 @@ class InstructPix2Pix(Recipe):
         encoded: bool = False
         emphasis: float = 0.0
         shift: float = 1.0
+        zero_snr: bool = False
         train: Training = field(default_factory=Training)
 
     def __init__(self, cfg: Any) -> None:
@@ -59,8 +62,8 @@ class InstructPix2Pix(Recipe):
         pipe: Any = DiffusionPipeline.from_pretrained(
             registry.resolve_model(cfg.model), dtype=torch.float32, use_safetensors=True
         )
-        self.tokenizer, self.scheduler = pipe.tokenizer, pipe.scheduler
-        self.levels: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.tokenizer, self.scheduler = pipe.tokenizer, self.schedule(pipe.scheduler)
+        self.levels: Any = DDPMScheduler.from_config(self.scheduler.config)
         self.vae, self.text_encoder = pipe.vae, pipe.text_encoder
         self.unet = self.prepared(pipe.unet)
         freeze([self.vae, self.text_encoder])
@@ -70,6 +73,16 @@ class InstructPix2Pix(Recipe):
         if not torch.cuda.is_available():
             # On a CPU the fused attention's backward pass is several times slower than this one.
             self.unet.set_attn_processor(AttnProcessor())
+
+    def schedule(self, found: Any) -> Any:
+        """The model's scheduler, or one like it. Raises ConfigError for a noise that tells nothing
+        of what is to be predicted."""
+        if not self.cfg.zero_snr:
+            return found
+        if found.config.prediction_type != "v_prediction":
+            problem = f"{self.cfg.model} predicts {found.config.prediction_type}, not velocities"
+            raise ConfigError(problem, where="zero_snr", fix="Set zero_snr=false.")
+        return type(found).from_config(found.config, rescale_betas_zero_snr=True)
 
     def prepared(self, unet: Any) -> Any:
         """The U-Net with room for the picture. Raises ModelError for other channels."""
