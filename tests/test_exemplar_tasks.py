@@ -96,6 +96,19 @@ def test_the_true_picture_is_the_exemplar_and_the_input_is_not(
     assert found["colour"] in (None, 0.0)
 
 
+def test_the_true_object_has_its_own_texture_and_a_repainted_one_has_not(
+    items: list[Item], detector: Any
+) -> None:
+    for item in items[::3]:  # of classes that have colours
+        true = np.asarray(item.truth["picture"])
+        mask = item.truth["mask"][..., None]
+        other = np.where(mask, np.roll(true, 1, -1), true)
+        same, changed = (numbers("texture", item, p, detector=detector) for p in (true, other))
+        assert (same["texture"] or 0) > 0.95
+        assert changed["texture"] is None or changed["texture"] < 0.7
+        assert numbers("texture", item, item.picture, detector=detector) == {"texture": None}
+
+
 def test_a_pasted_rectangle_is_told_from_a_picture_that_goes_on(
     items: list[Item], detector: Any
 ) -> None:

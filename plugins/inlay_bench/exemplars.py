@@ -78,6 +78,36 @@ def exemplar_identity(e: Evidence) -> Numbers:
 
 
 @measure(
+    "texture",
+    IDENTITY,
+    Column("texture", "texture", "how much the colours of the object of the exemplar's class share "
+           "with those of the true object, in the scene's own light: 1 is all of them; pictures "
+           "without an object of the class are left out"),
+    networks=("detector",),
+)  # fmt: skip
+def texture(e: Evidence) -> Numbers:
+    """Intersection of histograms (Swain and Ballard, 1991) in CIELAB."""
+    names, masks = within(e)
+    if e.item.facts["class"] not in names:
+        return {"texture": None}
+    mine = _colours(e.picture, masks[names.index(e.item.facts["class"])].numpy())
+    return {"texture": float(np.minimum(mine, _colours(_truth(e), e.item.truth["mask"])).sum())}
+
+
+def _colours(picture: Tensor, mask: np.ndarray) -> np.ndarray:
+    """How much of a mask `h w` of a picture `1 3 h w` has each colour: 5 bins of lightness, 10 of
+    either opponent axis, smoothed by a bin."""
+    from scipy.ndimage import gaussian_filter
+    from skimage.color import rgb2lab
+
+    lab = rgb2lab(picture[0].permute(1, 2, 0).numpy())[mask]
+    ranges = ((0, 100), (-100, 100), (-100, 100))
+    counts, _ = np.histogramdd(lab, bins=(5, 10, 10), range=ranges)
+    found: np.ndarray = gaussian_filter(counts / len(lab), 1, mode="constant")
+    return found / found.sum()
+
+
+@measure(
     "region-clip",
     REGION,
     Column("region_clip", "CLIP score", "100 times the cosine of the region's box and the exemplar "
