@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 
 from inlay_toybox import path, training
 from inlay_toybox.training import UNSEEN
+
+if TYPE_CHECKING:
+    from inlay_toybox.quality.exemplars import ExemplarItem
 
 COUNT = 24
 
@@ -124,9 +128,23 @@ def _instructed(name: str) -> torch.Tensor:
 
 
 def _filled() -> torch.Tensor:
-    from inlay_toybox.quality.conditioned import filled
+    from inlay_toybox.quality.conditioned import painted
+    from inlay_toybox.quality.exemplars import exemplar_items
 
-    items, made = filled(COUNT // 4)
+    items = list(exemplar_items(COUNT // 4))
+    return _beside(items, painted(items))
+
+
+def _imitated() -> torch.Tensor:
+    from inlay_toybox.quality.conditioned import imitated
+    from inlay_toybox.quality.exemplars import imitation_items
+
+    items = list(imitation_items(COUNT // 4))
+    return _beside(items, imitated(items))
+
+
+def _beside(items: list[ExemplarItem], made: torch.Tensor) -> torch.Tensor:
+    """Of each item the picture with a grey hole, the exemplar, what is drawn, the truth."""
     shown = [(i.picture, i.exemplar.resize((64, 64)), i.truth) for i in items]
     tiles = torch.from_numpy(np.stack([[np.array(p) for p in three] for three in shown]))
     tiles = tiles.permute(0, 1, 4, 2, 3) / 255
@@ -150,6 +168,10 @@ SHEETS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "paint-by-example": (
         _filled,
         "unseen holes, the exemplar of each, what is drawn, and a right answer",
+    ),
+    "mimicbrush": (
+        _imitated,
+        "half objects and silhouettes to fill, the reference of each, what is drawn, and the truth",
     ),
     "sam2": (
         _sam2,

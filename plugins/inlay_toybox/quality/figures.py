@@ -120,6 +120,12 @@ def _filled(n: int) -> dict[str, Any]:
     return exemplar_quality(max(1, n // 2))
 
 
+def _imitated(n: int) -> dict[str, Any]:
+    from inlay_toybox.quality.conditioned import imitation_quality
+
+    return imitation_quality(max(1, n // 2))
+
+
 _NAMED = {
     "classes": ("unseen views of one object, nearest of 32 class names", "0.95"),
     "captions": ("… nearest of 32 captions over its ground", "0.95"),
@@ -140,6 +146,11 @@ _ADDED = {
     "added": ("objects that an instruction adds to unseen scenes and the detector finds", ""),
     "before": ("chance: the same class found before", ""),
     "kept": ("PSNR in dB where nothing was to change", ""),
+}
+
+_FILLED = {
+    "shown": ("unseen holes in which the detector finds the exemplar's class", "0.85"),
+    "swapped": ("chance: the next exemplar's class", ""),
 }
 
 SUBJECTS: dict[str, Subject] = {
@@ -174,11 +185,14 @@ SUBJECTS: dict[str, Subject] = {
         name: Subject(_instructed(name), _ADDED, ("detector",))
         for name in ("instruct", "magicbrush", "erasedraw")
     },
-    "paint-by-example": Subject(
-        _filled,
+    "paint-by-example": Subject(_filled, _FILLED, ("detector",)),
+    "mimicbrush": Subject(
+        _imitated,
         {
-            "shown": ("unseen holes in which the detector finds the exemplar's class", "0.85"),
-            "swapped": ("chance: the next exemplar's class", ""),
+            **_FILLED,
+            "painted": ("silhouettes painted in the reference's colour, not the one before", ""),
+            "part": ("PSNR in dB against the truth, half an object, its reference shown", ""),
+            "texture": ("… a silhouette, another colour of it shown", ""),
         },
         ("detector",),
     ),
