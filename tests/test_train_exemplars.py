@@ -367,7 +367,7 @@ def test_a_row_that_cannot_be_drawn_stays_broken_when_encoded(photos, tmp_path):
 def test_mimicbrush_trains_from_the_command_line_and_its_pipeline_loads_it(
     base, clip, photos, invoke, tmp_path
 ):
-    words = [f"model={base}", f"clip={clip}", f"data.clips={photos}", *TINY]
+    words = [f"model={base}", "inpainting=null", f"clip={clip}", f"data.clips={photos}", *TINY]
     words += ["depth_widths=[4,8,8]", "data.sift=false"]
     code, _, told = invoke(
         "train", "mimicbrush", *words, "--max-steps", 20, "--out", tmp_path / "out"
@@ -376,7 +376,7 @@ def test_mimicbrush_trains_from_the_command_line_and_its_pipeline_loads_it(
     assert "1 broken pictures skipped" in told
     pipe = MimicBrushPipeline.from_pretrained(tmp_path / "out" / "model")
     assert pipe.unet.config.in_channels == 13 and pipe.reference_unet.config.in_channels == 4
-    begun = build("mimicbrush", f"model={base}", f"clip={clip}", f"data.clips={photos}")
+    begun = mimic(base, clip)
     for part in ("unet", "reference_unet", "image_encoder"):
         old = dict(getattr(begun.pipe, part).named_parameters())
         moved = [n for n, p in getattr(pipe, part).named_parameters() if not torch.equal(p, old[n])]
@@ -385,7 +385,36 @@ def test_mimicbrush_trains_from_the_command_line_and_its_pipeline_loads_it(
 
 def mimic(base, clip, *words):
     data = ["data.clips=null", "data.toybox=4", "data.sift=false", "depth_widths=[4,8,8]"]
+    data.append("inpainting=null")
     return build("mimicbrush", f"model={base}", f"clip={clip}", *data, *words)
+
+
+def test_the_imitative_u_net_may_begin_as_one_that_fills_holes(base, clip, tmp_path):
+    """Channels of Paint by Example are put in the order of Stable Diffusion's inpainting, and what
+    is kept becomes the hole; the border's zeros, which mean neither, are left out."""
+    painter, plain = models.paint_by_example(), tmp_path / "inpainting"
+    painter.save_pretrained(tmp_path / "painter")
+    torch.manual_seed(0)
+    z, around, hole = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6), torch.rand(1, 1, 6, 6)
+    wanted = painter.unet.conv_in(torch.cat([z, around, 1 - hole], 1))
+    painter.unet.save_pretrained(plain / "unet")
+    (plain / "model_index.json").write_text("{}")
+    for folder, same in ((tmp_path / "painter", True), (plain, False)):
+        conv = mimicbrush.hole_filler(str(folder), 4).conv_in
+        made = conv(torch.cat([z, hole, around], 1))
+        inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+        assert torch.allclose(made[inner], wanted[inner], atol=1e-5) is same
+    with pytest.raises(ModelError, match="takes 4 channels, not 9"):
+        mimicbrush.hole_filler(str(base), 4)
+
+
+def test_a_reference_u_net_that_is_not_trained_stays_as_it_is(base, clip):
+    recipe = mimic(base, clip, "train_reference=false")
+    assert not [name for name in recipe.trained() if name.startswith("reference_unet")]
+    rows = recipe.data(None)
+    drawn = [rows.draw(i, rng(i)) for i in range(2)]
+    recipe({name: torch.stack([row[name] for row in drawn]) for name in drawn[0]}).backward()
+    assert not [name for name, p in recipe.trained().items() if p.grad is None]
 
 
 def test_what_is_not_read_is_not_trained_and_everything_else_has_a_gradient(base, clip):

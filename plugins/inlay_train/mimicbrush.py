@@ -37,16 +37,18 @@ class MimicBrush(Recipe):
 
     @dataclass
     class Config:
-        """model: a Stable Diffusion to begin with, or a MimicBrush to go on from. clip: whose
-        vision tower reads the reference, where `model` brings none. size: of the pictures in
-        pixels. changes, masks: of the views. depth: channels of the depth; depth_widths: of the
-        layers before. drop_depth, drop_reference: shares of rows that see none. mix: of what is
-        read, as in the plugin `imitation`. rank, reference_rank: of what is trained of either U-Net
-        (0: all weights). train_reference, tower: train the reference U-Net, and CLIP, too. encoded:
-        draw and encode every row once. emphasis: what the loss weighs more in the hole. shift: of
-        timesteps towards noise; 1: none."""
+        """model: a Stable Diffusion to begin with, or a MimicBrush to go on from. inpainting: of
+        which model the imitative U-Net begins as a copy, one that fills holes (None: of `model`).
+        clip: whose vision tower reads the reference, where `model` brings none. size: of the
+        pictures in pixels. changes, masks: of the views. depth: channels of the depth;
+        depth_widths: of the layers before. drop_depth, drop_reference: shares of rows that see
+        none. mix: of what is read, as in the plugin `imitation`. rank, reference_rank: of what is
+        trained of either U-Net (0: all weights). train_reference, tower: train the reference U-Net,
+        and CLIP, too. encoded: draw and encode every row once. emphasis: what the loss weighs more
+        in the hole. shift: of timesteps towards noise; 1: none."""
 
         model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        inpainting: str | None = None
         clip: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         data: Sources = field(default_factory=Sources)
         changes: Changes = field(default_factory=Changes)
@@ -71,7 +73,7 @@ class MimicBrush(Recipe):
         folder = registry.resolve_model(cfg.model)
         options = {"torch_dtype": torch.float32, "use_safetensors": True}
         torch.manual_seed(cfg.train.seed)
-        if _is_mimicbrush(folder):
+        if _is_a(folder, "reference_unet"):
             pipe: Any = MimicBrushPipeline.from_pretrained(folder, **options)
         else:
             pipe = begun(DiffusionPipeline.from_pretrained(folder, **options), cfg)
@@ -200,16 +202,36 @@ def begun(pipe: Any, cfg: Any) -> MimicBrushPipeline:
     tower = CLIPVisionModel.from_pretrained(folder, torch_dtype=torch.float32)
     width = pipe.unet.config.cross_attention_dim
     guider = DepthGuider(cfg.depth, tuple(cfg.depth_widths)) if cfg.depth else None
+    filling = hole_filler(cfg.inpainting, channels) if cfg.inpainting else copy.deepcopy(pipe.unet)
     return MimicBrushPipeline(
         vae=pipe.vae,
-        reference_unet=copy.deepcopy(pipe.unet),
-        unet=widened(pipe.unet, 2 * channels + 1 + cfg.depth),
+        reference_unet=pipe.unet,
+        unet=widened(filling, 2 * channels + 1 + cfg.depth),
         image_encoder=tower,
         image_tokens=ImageTokens(tower.config.hidden_size, width),
         depth_guider=guider,
         scheduler=pipe.scheduler,
         feature_extractor=CLIPImageProcessor.from_pretrained(folder),
     )
+
+
+def hole_filler(name: str, channels: int) -> Any:
+    """The U-Net of a Stable Diffusion for inpainting, or of a Paint by Example, which sees z, z
+    around the hole and what is kept in place of z, the hole and z around it."""
+    folder = registry.resolve_model(name)
+    unet: Any = UNet2DConditionModel.from_pretrained(
+        folder, subfolder="unet", torch_dtype=torch.float32
+    )
+    if (taken := unet.config.in_channels) != 2 * channels + 1:
+        problem = f"its U-Net takes {taken} channels, not {2 * channels + 1}"
+        raise ModelError(problem, where=name, fix="Name an inpainting model, or none.")
+    if _is_a(folder, "PaintByExample"):
+        seen = unet.conv_in
+        with torch.no_grad():
+            z, around, kept = seen.weight.split([channels, channels, 1], 1)
+            seen.bias += kept.sum((1, 2, 3))
+            seen.weight.copy_(torch.cat([z, -kept, around], 1))
+    return unet
 
 
 def unread(unet: Any) -> list[Any]:
@@ -232,9 +254,9 @@ def unread_tower(tower: Any) -> list[Any]:
     return [inner.encoder.layers[-1], inner.post_layernorm]
 
 
-def _is_mimicbrush(folder: str) -> bool:
+def _is_a(folder: str, mark: str) -> bool:
     index = Path(folder) / "model_index.json"
-    return index.is_file() and "reference_unet" in index.read_text(encoding="utf-8")
+    return index.is_file() and mark in index.read_text(encoding="utf-8")
 
 
 def _ordered(batch: Sample, dropped: float) -> Sample:
