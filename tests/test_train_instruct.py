@@ -179,7 +179,7 @@ def test_timesteps_lean_towards_noise_when_shifted(base):
     clean = torch.zeros(20_000, 1)
     for shift, mean in ((1.0, 0.5), (1.6, 0.58)):
         recipe.cfg.shift = shift
-        times = recipe._times(clean)
+        times = recipe.times(clean)
         assert times.min() >= 0 and times.max() == 999
         assert times.float().mean() / 1000 == pytest.approx(mean, abs=0.02)
 

@@ -98,11 +98,13 @@ class SelfReference:
     """Rows `picture` `3 s s`, `mask` `1 s s` and `exemplar` `3 e e` in 0..1 (`self_reference`): of
     every picture one of its boxes.
 
-    size: s; shown: e.
+    size: s; shown: e; named: rows also have `words` for the object, of the toybox alone.
     """
 
-    def __init__(self, sources: Sources, size: int, shown: int, settings: Settings) -> None:
-        self.size, self.shown, self.settings = size, shown, settings
+    def __init__(
+        self, sources: Sources, size: int, shown: int, settings: Settings, named: bool = False
+    ) -> None:
+        self.size, self.shown, self.settings, self.named = size, shown, settings, named
         self.listed: list[Boxed] = []
         pictures = Path(sources.pictures)
         if sources.coco:
@@ -113,20 +115,24 @@ class SelfReference:
         if not len(self):
             fix = "Name annotations (data.coco, data.open_images) or a number of toybox scenes."
             raise ConfigError("nothing to train on", where="data", fix=fix)
+        if named and self.listed:
+            fix = "Train on data.toybox alone."
+            raise ConfigError("no words are known for boxes", where="prompt", fix=fix)
 
     def __len__(self) -> int:
         return len(self.listed) + self.scenes
 
     def draw(self, index: int, rng: np.random.Generator) -> Sample:
-        finer: Tensor | None = None
+        words, finer = dict[str, str](), None
         if index >= len(self.listed):
-            picture, finer, box = of_toybox(index - len(self.listed), self.size, rng)
+            picture, finer, box, name = of_toybox(index - len(self.listed), self.size, rng)
+            words = {"words": name} if self.named else {}
         else:
             file, boxes = self.listed[index]
             picture = pil_to_tensor(open_image(file, str(file))).float() / 255
             box = _pixels(boxes[int(rng.integers(len(boxes)))], *picture.shape[-2:])
         pair = make(picture, box, self.size, self.shown, rng, self.settings, finer)
-        return {"picture": pair.picture, "mask": pair.mask, "exemplar": pair.exemplar}
+        return {"picture": pair.picture, "mask": pair.mask, "exemplar": pair.exemplar, **words}
 
 
 def _pixels(sides: tuple[float, ...], height: int, width: int) -> Box:
@@ -139,10 +145,10 @@ def _pixels(sides: tuple[float, ...], height: int, width: int) -> Box:
     )
 
 
-def of_toybox(seed: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Box]:
-    """A scene `3 s s`, the same drawn twice as large, and the box in the first of one object that
-    shows enough of itself; the next scene that has one where this has none."""
-    from inlay_toybox import world
+def of_toybox(seed: int, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Box, str]:
+    """A scene `3 s s`, the same drawn twice as large, the box in the first of one object that shows
+    enough of itself, and words for it; of the next scene that has one where this has none."""
+    from inlay_toybox import captions, world
 
     while True:
         scene = world.sample(seed)
@@ -151,9 +157,10 @@ def of_toybox(seed: int, size: int, rng: np.random.Generator) -> tuple[Tensor, T
         if len(seen := np.flatnonzero(drawn.masks.sum((1, 2)) >= least)):
             break
         seed += 1
-    left, top, right, bottom = (int(side) for side in drawn.boxes[int(rng.choice(seen))])
+    shown = int(rng.choice(seen))
+    left, top, right, bottom = (int(side) for side in drawn.boxes[shown])
     picture, finer = (
         torch.from_numpy(image).permute(2, 0, 1).float() / 255
         for image in (drawn.image, world.render(scene, 2 * size).image)
     )
-    return picture, finer, (left, top, right, bottom)
+    return picture, finer, (left, top, right, bottom), captions.subject(scene.things[shown])

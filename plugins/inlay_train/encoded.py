@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,17 @@ from inlay_config.images import whole
 from inlay_train.recipe import Data, Sample
 
 Rows = dict[str, Tensor]
+
+LATER = {"later": True}
+"""Of a field that settings did not have at first. Rows that were encoded before are still known
+where it is 0, which must mean as before."""
+
+
+def told(settings: Any) -> dict[str, Any]:
+    """A dataclass as the identity of encoded rows names it."""
+    values = asdict(settings)
+    absent = {f.name for f in fields(settings) if f.metadata == LATER and not values[f.name]}
+    return {name: value for name, value in values.items() if name not in absent}
 
 
 class Encoded:

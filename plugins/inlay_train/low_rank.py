@@ -5,8 +5,10 @@ learns is small to ship, and merges into the weights of the stock class.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -52,3 +54,11 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
             assert isinstance(weight, Tensor)
             state[f"{layer}.weight"] = weight.detach()
     return state
+
+
+def stock(module: Any) -> Any:
+    """A module of the stock class with the merged weights, to be written."""
+    config = module.config
+    made = module.from_config(config) if isinstance(module, ConfigMixin) else type(module)(config)
+    made.load_state_dict(merged(module))
+    return made

@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import resize
 from inlay_config.errors import ConfigError, InputError
 from inlay_config.images import open_image
 from inlay_train import imitation_pairs
+from inlay_train.encoded import LATER
 from inlay_train.imitation_pairs import Points, Strength
 from inlay_train.recipe import Sample
 
@@ -30,7 +31,8 @@ class Sources:
     frames of a pair. toybox: number of its scenes. objects: share of these whose hole is one whole
     object, in place of the published segments of single pictures; zoom: share whose reference is
     cut out around that object. sift: match features; without, cells of the toybox that show objects
-    match, and of photographs none.
+    match, and of photographs none. single: share of the toybox's rows whose reference is the same
+    scene, as single pictures are.
     """
 
     clips: str | None = None
@@ -40,6 +42,7 @@ class Sources:
     objects: float = 0.0
     zoom: float = 0.0
     sift: bool = True
+    single: float = field(default=0.0, metadata=LATER)
 
 
 @dataclass
@@ -128,6 +131,8 @@ class Views:
 
         while (views := imitation.views(seed)) is None:
             seed += self.sources.toybox
+        if self.sources.single and rng.random() < self.sources.single:
+            views = imitation.Views(views.source, views.source)
         drawn, size = world.render(views.source, self.size), self.size
         other = world.render(views.reference, 2 * size)
         shown = int(rng.integers(len(views.source.things)))
