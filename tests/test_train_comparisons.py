@@ -44,7 +44,7 @@ def paint(base, clip, *words):
 
 
 def mimic(base, clip, *words):
-    small = ["data.clips=null", "data.sift=false", "depth_widths=[4,8,8]"]
+    small = ["inpainting=null", "data.clips=null", "data.sift=false", "depth_widths=[4,8,8]"]
     return build("mimicbrush", base, clip, *small, *words)
 
 
