@@ -20,11 +20,11 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     low = torch.randn(40, 3) @ torch.randn(3, 60)
-    old = {"a.weight": torch.randn(40, 60), "conv_in.weight": torch.randn(2, 4, 3, 3)}
+    old = {"a.weight": torch.randn(40, 60), "conv_in.weight": torch.randn(20, 4, 3, 3)}
     old |= {"norm.bias": torch.randn(40), "same": torch.randn(5, 5), "scalar": torch.tensor(2.0)}
     new = {name: tensor.clone() for name, tensor in old.items()}
     new["a.weight"] += low
-    new["conv_in.weight"] = torch.cat([old["conv_in.weight"], torch.randn(2, 5, 3, 3)], 1)
+    new["conv_in.weight"] = torch.cat([old["conv_in.weight"], torch.randn(20, 5, 3, 3)], 1)
     new["norm.bias"] += 0.1 * torch.randn(40)
     new["scalar"] = torch.tensor(2.5)
     for name, tensors, further in (("base", old, {}), ("tuned", new, {"in": 9})):
@@ -38,7 +38,7 @@ def models(tmp_path, monkeypatch):
         (tmp_path / name / "scheduler").mkdir()
         (tmp_path / name / "scheduler" / "s.json").write_text(f'{{"of": "{name}"}}')
     (tmp_path / "tuned" / "head").mkdir()
-    head = {"net.a.weight": new["a.weight"], "fresh": torch.randn(4, 6)}
+    head = {"net.a.weight": new["a.weight"], "fresh": torch.randn(40, 60)}  # of no low rank
     save_file(head, tmp_path / "tuned" / "head" / "weights.safetensors")
     return tmp_path / "base", tmp_path / "tuned", tmp_path / "delta"
 

@@ -40,8 +40,9 @@ def write(
         tuned: a folder of any layout.
         base: folder of the model that it was trained from, one of ``inlay_toybox.MODELS``.
         folder: where to write; below ``models/`` to ship it.
-        rank: of the factors. What was trained with at most this rank loses nothing but bits. With 0
-            files that differ ship as they are, weights too, and nothing is inherited unlike.
+        rank: of the factors. What was trained with at most this rank loses nothing but bits. What
+            the base has not, or has fewer channels of, is kept whole. With 0 files that differ ship
+            as they are, weights too, and nothing is inherited unlike.
         sources: weights of ``tuned`` ("reference/unet/x.safetensors") -> those of ``base`` with
             which they are compared ("unet/x.safetensors"; "../clip/x.safetensors" is of another
             model), where the names differ.
@@ -59,13 +60,13 @@ def write(
         known = _known(base, sources.get(file, file))
         if rank and file.endswith(".safetensors"):
             new, old = load_file(tuned / file), load_file(known) if known.is_file() else {}
-            weights[file] = {
-                name: (
-                    list(value.shape),
-                    streams.write(value.float() - like(value, name, old), rank),
-                )
-                for name, value in new.items()
-            }
+            weights[file] = {}
+            for name, value in new.items():
+                begun = counterpart(value, name, old)
+                change = value.float() - like(value, name, old)
+                # What began from nothing is of no low rank.
+                kept = rank if begun is not None and begun.shape == value.shape else value.numel()
+                weights[file][name] = list(value.shape), streams.write(change, kept)
         elif rank and known.is_file() and Path(file).parts[0] in inherit:
             continue
         elif not known.is_file() or _content(known) != _content(tuned / file):
@@ -145,21 +146,32 @@ class Streams:
         return integers.float() * self.scales[begin : self.read_scales].float()[:, None]
 
 
-def like(value: torch.Tensor, name: str, base: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def counterpart(
+    value: torch.Tensor, name: str, base: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
     """The base's weight of this name, or of the end of it ("model.vision.x" is "vision.x" there; a
-    vision tower's "model.x" is the "vision_model.x" of a whole CLIP), with zeros where the new one
-    has more channels; zeros alone where there is none.
+    vision tower's "model.x" is the "vision_model.x" of a whole CLIP), of this shape or a smaller
+    one; None where there is none.
     """
     parts = name.split(".")
     for first in range(len(parts)):
         end = ".".join(parts[first:])
         old = base.get(end, base.get(f"vision_{end}"))
-        if old is not None and old.ndim == value.ndim:
-            grown = torch.zeros(value.shape)
-            if all(a <= b for a, b in zip(old.shape, value.shape, strict=True)):
-                grown[tuple(slice(0, side) for side in old.shape)] = old.float()
-                return grown
-    return torch.zeros(value.shape)
+        if old is None or old.ndim != value.ndim:
+            continue
+        if all(a <= b for a, b in zip(old.shape, value.shape, strict=True)):
+            return old
+    return None
+
+
+def like(value: torch.Tensor, name: str, base: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The base's weight with zeros where the new one has more channels; zeros alone where there is
+    none.
+    """
+    grown, old = torch.zeros(value.shape), counterpart(value, name, base)
+    if old is not None:
+        grown[tuple(slice(0, side) for side in old.shape)] = old.float()
+    return grown
 
 
 def expand(folder: Path, base: Path) -> Path:
