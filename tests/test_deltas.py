@@ -114,7 +114,7 @@ def test_a_delta_is_small(models):
     base, tuned, delta = models
     deltas.write(tuned, base, delta, 3, {"head/weights.safetensors": "unet/weights.safetensors"})
     integers = load_file(delta / deltas.NAME)["integers"]
-    low, whole = 3 * (40 + 60), 2 * 9 * 9 + 40 + 1 + 4 * 6
+    low, whole = 3 * (40 + 60), 20 * 9 * 9 + 40 + 1 + 40 * 60
     assert len(integers) == 2 * low + whole and integers.dtype == torch.int8
 
 
