@@ -21,7 +21,7 @@ from inlay.cli.run import hush_loading_bars
 from inlay.cli.sheet import overlay
 from inlay.events import Result
 from inlay_config import config
-from inlay_config.images import open_image, save, to_pil, to_tensor
+from inlay_config.images import open_image, to_pil, to_tensor, whole
 from inlay_toybox import backdrop, world
 from inlay_toybox.classes import BY_NAME
 from inlay_toybox.quality.exemplars import view
@@ -404,4 +404,5 @@ if __name__ == "__main__":
     hush_loading_bars()
     for folder, figures in FIGURES.items():
         for figure in figures:
-            save(row(figure()), FOLDER / folder / f"{figure.__name__}.png")
+            with whole(FOLDER / folder / f"{figure.__name__}.webp") as partial:
+                row(figure()).save(partial, "WEBP", quality=90, method=6)

@@ -253,7 +253,7 @@ def test_attention_maps_change_nothing_and_are_published(model):
 @pytest.mark.parametrize("plugin", SHOWN)
 def test_the_page_shows_what_the_plugin_draws(plugin):
     page = pages.read("docs/attention.md")
-    assert f"`{plugin}`: " in page and f"(pictures/attention/{plugin}.png)" in page
+    assert f"`{plugin}`: " in page and f"(pictures/attention/{plugin}.webp)" in page
 
 
 @pytest.mark.parametrize(
