@@ -114,7 +114,7 @@ def together() -> str:
     for name, (picture, shows) in TOGETHER.items():
         text = (data_path("experiments") / f"{name}.yaml").read_text(encoding="utf-8")
         lines += [f"`inlay run {name}`", "", "```yaml", text.strip(), "```", ""]
-        lines += [f"![{shows}](pictures/together/{picture}.png)", ""]
+        lines += [f"![{shows}](pictures/together/{picture}.webp)", ""]
     return "\n".join(lines).strip()
 
 

@@ -162,7 +162,7 @@ def run_4096(case, **options):
 
 
 def rel_thinned(ours, stored):
-    """Of the tokens that are stored: all of 64, every fourth of 4,096 (attention couples them)."""
+    """Of the tokens that are stored: all of 64, every eighth of 4,096 (attention couples them)."""
     return rel(ours[..., :: ours.shape[-2] // stored.shape[-2], :], stored)
 
 
