@@ -6,6 +6,7 @@ Used by tests/test_compose.py and by docs/generate.py, which writes the matrix o
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -182,6 +183,12 @@ def needs(a, b):
     return next((one for one, other in ((a, b), (b, a)) if other in CASES[one].companions), "")
 
 
+@cache
+def built(name, options):
+    """A plugin with options in JSON: a thousand plans are made of a few dozen of them."""
+    return registry.build(name, json.loads(options))
+
+
 def verdict(pipe, model, a, b, resolve=()):
     """ "composes"; "needs", when one runs with the other only; or the message of the refusal."""
     if needs(a, b):
@@ -189,7 +196,8 @@ def verdict(pipe, model, a, b, resolve=()):
     asked = {"steps": STEPS, "seed": 5, "size": [SIDE, SIDE], **MODELS[model]}
     experiment = Experiment(prompt=Prompt(**PROMPT), resolve=list(resolve), **asked)
     try:
-        session = inlay.Session(pipe, plugins(a, b), resolve=resolve)
+        listed = {name: built(name, json.dumps(told)) for name, told in plugins(a, b).items()}
+        session = inlay.Session(pipe, listed, resolve=resolve)
         session.plan(experiment, (SIDE, SIDE), ["image", "mask"])
     except (PlanConflict, ConfigError) as error:
         return str(error)

@@ -180,11 +180,12 @@ def expand_presets(plugins: Mapping[str, Any], exp: Experiment | None = None) ->
     References such as ${subject} are to `exp`, an empty experiment if there is none.
     """
     expanded: dict[str, Any] = {}
+    known = experiments()
     for name, values in plugins.items():
         where, group = f"plugins.{name}", {name: values}
         if not isinstance(values, Mapping | None):
             raise ConfigError(f"{values!r} is no mapping of options", where=where)
-        if f"presets/{name}" in experiments():
+        if f"presets/{name}" in known:
             fragment = read_yaml(data_path("experiments") / "presets" / f"{name}.yaml").plugins
             merged = _merge(fragment, OmegaConf.create(dict(values or {})), where)
             around = replace(exp, plugins={}) if exp else Experiment()
