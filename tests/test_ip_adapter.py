@@ -23,8 +23,8 @@ STEPS, SIDE, SCALE = 3, 32, 0.7
 
 
 def state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights of an adapter, `plain` (one vector of the picture) or `full` (all tokens), by
-    the names of its training program."""
+    """Random weights of an adapter, `plain` (one vector of the picture), `plus` (a resampler of all
+    tokens) or `full` (all tokens), by the names of its training program; or `faceid`."""
     g = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -32,6 +32,26 @@ def state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
     if kind == "plain":
         made = {"proj.weight": drawn(4 * WIDTH, SEEN), "proj.bias": drawn(4 * WIDTH)}
+        made |= {"norm.weight": drawn(WIDTH), "norm.bias": drawn(WIDTH)}
+    elif kind == "plus":
+        made = {"latents": drawn(1, 4, 32)}
+        for name, out, into in (("proj_in", 32, 24), ("proj_out", WIDTH, 32)):
+            made |= {f"{name}.weight": drawn(out, into), f"{name}.bias": drawn(out)}
+        normed = {"norm_out": WIDTH}
+        for i in range(4):
+            made |= {f"layers.{i}.0.to_q.weight": drawn(64, 32)}
+            made |= {f"layers.{i}.0.to_kv.weight": drawn(128, 32)}
+            made |= {f"layers.{i}.0.to_out.weight": drawn(32, 64)}
+            made |= {f"layers.{i}.1.1.weight": drawn(128, 32)}
+            made |= {f"layers.{i}.1.3.weight": drawn(32, 128)}
+            normed |= dict.fromkeys(
+                (f"layers.{i}.{part}" for part in ("0.norm1", "0.norm2", "1.0")), 32
+            )
+        for name, width in normed.items():
+            made |= {f"{name}.weight": drawn(width), f"{name}.bias": drawn(width)}
+    elif kind == "faceid":
+        made = {"proj.0.weight": drawn(24, SEEN), "proj.0.bias": drawn(24)}
+        made |= {"proj.2.weight": drawn(4 * WIDTH, 24), "proj.2.bias": drawn(4 * WIDTH)}
         made |= {"norm.weight": drawn(WIDTH), "norm.bias": drawn(WIDTH)}
     else:
         made = {f"proj.{i}.bias": drawn(n) for i, n in ((0, 24), (2, WIDTH), (3, WIDTH))}
@@ -49,9 +69,9 @@ def state(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters, CLIP's vision tower, and the picture."""
+    """Adapters, CLIP's vision tower, and the picture."""
     place = tmp_path_factory.mktemp("ip")
-    for kind in ("plain", "full"):
+    for kind in ("plain", "plus", "full"):
         save_file(state(kind), place / f"{kind}.safetensors")
     torch.manual_seed(4)
     config = CLIPVisionConfig(hidden_size=24, intermediate_size=24, num_hidden_layers=3,
@@ -64,11 +84,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, kind: str = "plain", pipe: Any = None, **options: Any) -> Any:
     asked = {"guidance": options.pop("guidance", 5.0), "n": options.pop("n", 1)}
-    beside = options.pop("beside", {})
+    beside, given = options.pop("beside", {}), options.pop("given", {})
     options = {"image": str(folder / "shown.png"), "scale": SCALE, **options}
     options.setdefault("weights", str(folder / f"{kind}.safetensors"))
-    session = inlay.Session(pipe or stable_diffusion(), {"ip_adapter": options, **beside})
-    return session.run(conds=conds(pooled=False), steps=STEPS, size=SIDE, seed=3, **asked)
+    solver = given.pop("scheduler", None)
+    session = inlay.Session(pipe or stable_diffusion(), {"ip_adapter": options, **beside}, solver)
+    return session.run(conds=conds(pooled=False), steps=STEPS, size=SIDE, seed=3, **asked, **given)
 
 
 def stock(folder: Path, kind: str, guidance: float, n: int) -> torch.Tensor:
@@ -91,7 +112,7 @@ def stock(folder: Path, kind: str, guidance: float, n: int) -> torch.Tensor:
     ).images
 
 
-@pytest.mark.parametrize("kind", ["plain", "full"])
+@pytest.mark.parametrize("kind", ["plain", "plus", "full"])
 @pytest.mark.parametrize(("guidance", "n"), [(5.0, 1), (1.0, 2)])
 def test_it_is_the_stock_pipeline(folder: Path, kind: str, guidance: float, n: int) -> None:
     mine = run(folder, kind, guidance=guidance, n=n).latents["edit"]
@@ -127,6 +148,32 @@ def test_it_composes_with_other_edits_of_the_same_sites(folder: Path) -> None:
     both, alone = run(folder, beside=beside), run(folder)
     assert torch.isfinite(both.latents["edit"]).all()
     assert not torch.equal(both.latents["edit"], alone.latents["edit"])
+
+
+def test_it_composes_with_blending_guidance_and_ranking(folder: Path) -> None:
+    """Outside the mask the source stays to the end, CLIP's gradient and the picture move what is
+    inside, and the better of two pictures is first."""
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., 8:24, 8:24] = 1
+    beside = {
+        "source_trajectory": {},
+        "latent_blend": {"steps": [[0, STEPS - 1]], "mask": "mask:user"},
+        "clip_guidance": {"prompts": "a red bus", "scale": 10.0},
+        "rank": {"prompts": "a red bus", "mask": "mask:user"},
+    }
+    given = {"prompt": {"source": "a", "edit": "b"}, "image": PICTURE, "mask": to_pil(mask)[0]}
+    given["scheduler"] = "EulerDiscreteScheduler"  # its last step leaves no noise
+    made = run(folder, beside=beside, given=dict(given), n=2)
+    clean = made.board["latent:source"]
+    outside = torch.nn.functional.interpolate(mask, clean.shape[-2:]) == 0
+    for one in made.latents["edit"].split(1):
+        assert torch.equal(one[outside.expand_as(one)], clean[outside.expand_as(clean)])
+    assert made.board["rank:scores"].diff() >= 0
+    unseen = run(folder, beside=beside, given=dict(given), n=2, scale=0.0)
+    del beside["clip_guidance"]
+    unguided = run(folder, beside=beside, given=dict(given), n=2)
+    for other in (unseen, unguided):
+        assert not torch.equal(other.latents["edit"], made.latents["edit"])
 
 
 def test_a_pickle_holds_the_same(folder: Path, tmp_path: Path) -> None:
@@ -166,6 +213,24 @@ def test_what_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
         run(folder, weights=str(tmp_path / "wide.safetensors"))
     with pytest.raises(ModelError, match="CLIP's vision tower is not at"):
         run(folder, encoder=str(tmp_path))
+    for plus in (False, True):
+        faces = state("faceid")
+        if plus:
+            faces |= {"image_proj.perceiver_resampler.proj_in.weight": torch.zeros(32, 24)}
+            faces |= {"ip_adapter.0.to_q_lora.down.weight": torch.zeros(4, WIDTH)}
+        save_file(faces, tmp_path / "faces.safetensors")
+        with pytest.raises(ModelError, match=r"FaceID.* Give a plain, Plus or Full Face adapter"):
+            run(folder, weights=str(tmp_path / "faces.safetensors"))
+    narrow = {
+        k: t[:, :8] if k == "image_proj.proj.weight" else t for k, t in state("plain").items()
+    }
+    save_file({k: t.contiguous() for k, t in narrow.items()}, tmp_path / "narrow.safetensors")
+    with pytest.raises(ModelError, match=r"is 12 wide, the adapter reads 8\. .* `encoder`"):
+        run(
+            folder,
+            weights=str(tmp_path / "narrow.safetensors"),
+            encoder=str(folder / "image_encoder"),
+        )
     Image.new("RGB", (8, 8)).save(tmp_path / "me.png")
     session = inlay.Session(flux(), {"ip_adapter": {"image": str(tmp_path / "me.png")}})
     with pytest.raises(ConfigError, match="cross"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay import ModelError
 
 FIX = "Give an IP-Adapter for this model: a file, or OWNER/REPOSITORY/FILE of the hub."
+ENCODER = "Name the one that the adapter was trained with in the option `encoder`."
 
 
 @dataclass
@@ -46,14 +47,20 @@ class Adapter:
 
 
 def load(denoiser: Any, file: str, encoder: str, where: str) -> Adapter:
-    """An adapter for a U-Net of diffusers. Raises ModelError for a file that is none, that fits
-    another model, or whose encoder is not there."""
+    """An adapter for a U-Net of diffusers. Raises ModelError for a file that is none, that is of
+    face identities, that fits another model, or whose encoder is not there or is another."""
+    from diffusers.models.embeddings import ImageProjection
     from diffusers.models.model_loading_utils import load_state_dict
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     path, beside = _found(file, where)
     try:
         state = _parts(load_state_dict(path))
+        if _of_faces(state):
+            problem = (
+                f"'{file}' reads a face recogniser's numbers (FaceID), not CLIP's of a picture"
+            )
+            raise ModelError(problem, where=where, fix="Give a plain, Plus or Full Face adapter.")
         projection = denoiser._convert_ip_adapter_image_proj_to_diffusers(
             state["image_proj"], low_cpu_mem_usage=False
         )
@@ -72,9 +79,14 @@ def load(denoiser: Any, file: str, encoder: str, where: str) -> Adapter:
     try:
         tower = CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True, **inside)
     except (OSError, ValueError) as error:
-        fix = "Name its folder in the option `encoder`."
         problem = f"CLIP's vision tower is not at '{name}'"
-        raise ModelError(problem, where=where, fix=fix) from error
+        raise ModelError(problem, where=where, fix=ENCODER) from error
+    plain = isinstance(projection, ImageProjection)
+    seen = tower.config.projection_dim if plain else tower.config.hidden_size
+    read = next(m for m in projection.modules() if isinstance(m, nn.Linear)).in_features
+    if seen != read:
+        problem = f"CLIP's vision tower at '{name}' is {seen} wide, the adapter reads {read}"
+        raise ModelError(problem, where=where, fix=ENCODER)
     side = tower.config.image_size
     processor = CLIPImageProcessor(size=side, crop_size=side)  # as diffusers' loader makes it
     return Adapter(projection.eval(), tower.eval(), processor, weights)
@@ -98,6 +110,14 @@ def _found(file: str, where: str) -> tuple[str, tuple[str, dict[str, str]]]:
         raise ModelError(problem, where=where, fix=FIX) from error
     folder = f"{inner.rpartition('/')[0]}/image_encoder".lstrip("/")
     return path, (f"{owner}/{name}", {"subfolder": folder})
+
+
+def _of_faces(state: dict[str, dict[str, Tensor]]) -> bool:
+    """FaceID, plain or Plus: two layers and a norm, where the others have one, four or a resampler;
+    low-rank weights for the U-Net come with it."""
+    names = state["image_proj"].keys()
+    low_rank = any("_lora." in key for key in state["ip_adapter"])
+    return low_rank or {"proj.0.weight", "norm.weight"} <= names
 
 
 def _parts(state: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
