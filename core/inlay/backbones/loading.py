@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -174,5 +175,17 @@ def _fetched(cls: Any, path: str, name: str) -> Any:
 
 def _unusable(path: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:300]
+    if absent := _absent(Path(path)):
+        reason = f"it has no {' and no '.join(absent)}: {reason}"
     fix = "Give a folder or hub name of a diffusers pipeline with safetensors weights."
     return ModelError(f"'{path}' cannot be loaded: {reason}", where="model", fix=fix)
+
+
+def _absent(folder: Path) -> list[str]:
+    """Parts that a pipeline's index lists and its folder lacks."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        listed = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+    except (OSError, ValueError, AttributeError, IndexError):  # no such folder, or a broken index
+        return []
+    return [name for name in listed if not (folder / name).is_dir()]
