@@ -32,3 +32,10 @@ def invoke(
         return int(ended.value.code or 0), written.out, written.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file of the exemplar that a module calls SHOWN."""
+    request.module.SHOWN.save(path := tmp_path_factory.mktemp("exemplar") / "exemplar.png")
+    return str(path)

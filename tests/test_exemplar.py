@@ -25,12 +25,6 @@ MASK[..., 4:14, 8:30] = 1
 EXACT = {"bias": False}
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    SHOWN.save(path := tmp_path_factory.mktemp("exemplar") / "exemplar.png")
-    return str(path)
-
-
 def run(options, beside=None, pipe=None, scheduler=None, mask=MASK, **asked):
     """`exemplar` on the picture, 3 steps."""
     plugins = {"exemplar": options, **(beside or {})}
@@ -115,10 +109,12 @@ def test_its_invariant_holds(shown):
 
 
 def test_it_composes_with_blending_ranking_and_further_guidance(shown):
-    """Outside the mask the source stays to the end, and the better of two pictures is first."""
+    """Outside the mask the source stays to the end, CLIP's gradient moves what is inside, and the
+    better of two pictures is first."""
     beside = {
         "source_trajectory": {},
         "latent_blend": {"steps": [[0, 2]], "mask": "mask:user"},
+        "clip_guidance": {"prompts": "a red bus", "scale": 10.0},
         "rank": {"prompts": "a red bus", "mask": "mask:user"},
         "pag": {"scale": 1.0},
     }
@@ -128,6 +124,9 @@ def test_it_composes_with_blending_ranking_and_further_guidance(shown):
     for latent in made.latents["edit"].split(1):
         assert torch.equal(latent[outside.expand_as(latent)], clean[outside.expand_as(clean)])
     assert made.board["rank:scores"].diff() >= 0
+    del beside["clip_guidance"]
+    unguided = run({"image": shown}, beside, scheduler="EulerDiscreteScheduler", n=2)
+    assert not torch.equal(unguided.latents["edit"], made.latents["edit"])
 
 
 def test_a_folder_in_the_published_layout_is_loaded_and_planned(shown, tmp_path):

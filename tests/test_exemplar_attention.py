@@ -21,12 +21,6 @@ MASK = torch.zeros(1, 1, 32, 32)
 MASK[..., 8:24, 16:32] = 1
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    SHOWN.save(path := tmp_path_factory.mktemp("exemplar") / "exemplar.png")
-    return str(path)
-
-
 def run(pipe, options, beside=None, mask=MASK, image=PICTURE, tracer=None, **asked):
     plugins = {"exemplar_attention": options, **(beside or {})}
     session = inlay.Session(pipe, plugins, device="cpu", tracer=tracer)

@@ -33,12 +33,6 @@ MASK[..., 4:14, 8:30] = 1
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    SHOWN.save(path := tmp_path_factory.mktemp("exemplar") / "exemplar.png")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def pipe():
     return mimicbrush()
 

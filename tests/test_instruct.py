@@ -96,12 +96,14 @@ def test_its_invariant_holds():
     assert CASES["instruct"].model == recorder.run.backbone.name
 
 
-def test_it_composes_with_blending_and_ranking():
-    """Outside the mask the source stays, and the better of two pictures comes first."""
+def test_it_composes_with_blending_guidance_and_ranking():
+    """Outside the mask the source stays, CLIP's gradient moves what is inside, and the better of
+    two pictures comes first."""
     plugins = {
         "source_trajectory": {},
         "instruct": {},
         "latent_blend": {"steps": [[0, 2]], "mask": "mask:user"},
+        "clip_guidance": {"prompts": "a red bus", "scale": 10.0},
         "rank": {"prompts": "a red bus", "mask": "mask:user"},
     }
     ancestral = "EulerAncestralDiscreteScheduler"
@@ -113,6 +115,9 @@ def test_it_composes_with_blending_and_ranking():
     assert made.board["rank:scores"].diff() >= 0
     free = run({"instruct": {}}, scheduler=ancestral, n=2).latents["edit"]
     assert (free - made.latents["edit"][made.board["rank:order"].argsort()]).abs().max() > 1e-3
+    del plugins["clip_guidance"]
+    unguided = run(plugins, scheduler=ancestral, mask=to_pil(MASK)[0], n=2)
+    assert not torch.equal(unguided.latents["edit"], made.latents["edit"])
 
 
 def test_further_guidance_adds_to_it():
