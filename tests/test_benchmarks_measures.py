@@ -193,10 +193,10 @@ def test_grounding_dino_finds_as_transformers_does(
     network = grounding.GroundingDino.from_pretrained(nets["grounding"])
     picture = miniatures.scene(0, (60, 44))
     found = network.find(to_tensor(picture), " A Dog.")
-    assert found.shape == (12, 4) and "text 0.25" in network.name
+    assert found.shape == (12, 4) and "box 0.0" in network.name
     assert (found[:, 2:] <= torch.tensor([60.5, 44.5])).all()
     model = GroundingDinoForObjectDetection.from_pretrained(nets["grounding"]).eval()
-    given = network.processor(images=picture, text="a dog.", return_tensors="pt")
+    given = network.network.processor(images=picture, text="a dog.", return_tensors="pt")
     with torch.no_grad():
         seen = model(**given)
     order = seen.logits.sigmoid().amax(-1)[0].argsort(descending=True)
@@ -210,7 +210,7 @@ def test_grounding_dino_finds_as_transformers_does(
 def test_what_is_no_such_network_is_named(nets: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no DINO"):
         dino.Dino.from_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no Grounding-DINO"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         grounding.GroundingDino.from_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"not whole|no DINO"):
         dino.Dino.from_pretrained(nets["judge"])
@@ -308,7 +308,7 @@ def test_a_network_that_is_not_there_leaves_its_columns_out(
     code, out, err = invoke(*words, "--network", f"grounding={tmp_path}", "--out", "out", "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert "no Grounding-DINO" in report["left_out"]["inclusion-grounding"]
+    assert "no config.json" in report["left_out"]["inclusion-grounding"]
     assert "inclusion" not in report["rows"][0]["values"] and report["items"] == 3
 
 

@@ -15,6 +15,7 @@ import inlay
 from inlay import ConfigError
 from inlay.cli import ladder
 from inlay.cli.experiment import plan_experiment
+from inlay.cli.sheet import scene_sheet
 from inlay_config import config
 from inlay_config.images import open_image
 
@@ -61,6 +62,16 @@ def state(folder: str = "out") -> dict:
 
 def pixels(path: str | Path) -> np.ndarray:
     return np.asarray(open_image(path))
+
+
+def test_a_sheet_keeps_the_shape_of_every_picture() -> None:
+    square, wide = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (128, 64), "blue")
+    for first, second, side in ((square, wide, 256), (wide, square, 512)):
+        sheet = scene_sheet([("dog", [("before", first), ("0", second)], 1)])
+        for colour, ratio in (((0, 0, 255), 2), ((255, 0, 0), 1)):
+            rows, columns = (np.asarray(sheet) == colour).all(-1).nonzero()
+            width, height = int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1
+            assert width == ratio * height and max(width, height) in (side, 256)
 
 
 def test_each_object_goes_into_the_picture_taken_before_it(invoke, model, runs):

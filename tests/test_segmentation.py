@@ -103,11 +103,11 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "broken.safetensors").write_bytes(b"\1" * 20)
     for name, said in (
-        (checkpoint(tmp_path, {"model": Hostile(str(mark))}), "no checkpoint"),
-        (checkpoint(tmp_path, {"weights": {}}, "other.pt"), "no checkpoint"),
-        (str(tmp_path / "empty.pt"), "no checkpoint"),
-        (str(tmp_path / "broken.safetensors"), "no checkpoint"),
-        (str(tmp_path / "nowhere.pt"), r"nowhere\.pt: there is no such checkpoint"),
+        (checkpoint(tmp_path, {"model": Hostile(str(mark))}), "no checkpoint; nothing was run"),
+        (checkpoint(tmp_path, {"weights": {}}, "other.pt"), "no table 'model'.*of SAM 2"),
+        (str(tmp_path / "empty.pt"), "cannot be read.*of SAM 2"),
+        (str(tmp_path / "broken.safetensors"), "cannot be read.*of SAM 2"),
+        (str(tmp_path / "nowhere.pt"), r"nowhere\.pt: there is no such file"),
     ):
         with pytest.raises(ModelError, match=said):
             segmentation.load(name, "sam2.1_hiera_t")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from inlay_config.errors import ConfigError, InlayError, InputError, ModelError  # isort: skip
     from inlay_config.errors import PlanConflict, PluginError, SeamMissed, Stopped  # isort: skip
     from inlay_config.images import open_image  # isort: skip
-    from inlay_config.registry import resolve_model  # isort: skip
+    from inlay_config.registry import read_checkpoint, resolve_model  # isort: skip
     from inlay_guest import attach, denoiser  # isort: skip
 
     from .backbones.levels import tabulate
@@ -27,7 +27,7 @@ __all__ = [
     "AttnEdits", "AttnSite", "Cond", "ConfigError", "Frame", "Held", "InlayError", "InputError",
     "Lane", "ModelError", "Needs", "Plan", "PlanConflict", "Plugin", "PluginError", "Result",
     "Rows", "Run", "SeamMissed", "Session", "Step", "Stopped", "Window", "attach", "denoiser",
-    "hookimpl", "open_image", "project_kv", "resolve_model", "run", "tabulate",
+    "hookimpl", "open_image", "project_kv", "read_checkpoint", "resolve_model", "run", "tabulate",
 ]  # fmt: skip
 HOMES = "hookspecs frames events plan session backbones.levels backbones.text cli.experiment"
 

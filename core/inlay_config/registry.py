@@ -33,14 +33,15 @@ def plugins() -> dict[str, dict[str, Any]]:
 
 def plugin_class(name: str, where: str = "") -> type:
     """Import and return the class registered as `name`; `where` is the YAML path for the error."""
-    if name not in (known := plugins()):
+    entry = _shipped()["plugins"].get(name)  # ours first: others take a search
+    if entry is None and (entry := (known := plugins()).get(name)) is None:
         path = where or f"plugins.{name}"
         raise ConfigError(f"no plugin '{name}'", where=path, fix=suggest(name, known))
-    module, _, attribute = known[name]["class"].partition(":")
+    module, _, attribute = entry["class"].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        fix = f"Reinstall {known[name]['source'] or 'its package'}."
+        fix = f"Reinstall {entry.get('source', 'inlay') or 'its package'}."
         raise PluginError(
             f"cannot be imported: {error}", where=f"plugin {name}", fix=fix
         ) from error
@@ -103,6 +104,14 @@ def resolve_model(name: str, where: str = "model", holds: str = "model_index.jso
             fix = "Convert the weights: a pickle can run code and is never loaded."
             raise ModelError(f"'{part}' is not safetensors", where=where, fix=fix)
     return str(folder)
+
+
+def read_checkpoint(path: Path, fix: str) -> dict[str, Any]:
+    """Tensors by name, or tables of them, of a safetensors or pickled file, and nothing else of it:
+    see `checkpoint_files.read`. Raises ModelError that names the file and says `fix`."""
+    from inlay_config import checkpoint_files  # which imports torch
+
+    return checkpoint_files.read(path, fix)
 
 
 @cache

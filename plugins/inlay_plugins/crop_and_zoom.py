@@ -40,7 +40,7 @@ class CropAndZoom(Plugin):
     before = ("letterbox", "source_trajectory", "sdedit", "region", "subject_mask",
               "regional_prompts", "latent_blend", "pixel_blend", "paste_back", "rank",
               "background_loss", "clip_guidance", "instruct", "presence", "exemplar",
-              "imitation", "exemplar_attention", "reconstruct_background")  # fmt: skip
+              "imitation", "exemplar_attention", "reconstruct_background", "scribble")  # fmt: skip
 
     @hookimpl
     def inlay_declare(self, need: Needs) -> None:

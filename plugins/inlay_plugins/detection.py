@@ -34,19 +34,21 @@ class GroundingDino:
         self, picture: Tensor, words: str, threshold: float
     ) -> tuple[float, list[float]] | None:
         """Its score in 0..1 as well."""
-        given = self.processor(
-            images=_pil(picture), text=f"a {words.lower()}.", return_tensors="pt"
-        )
+        scores, boxes = self.boxes(picture, f"a {words.lower()}.", threshold)
+        return (float(scores[0]), [float(edge) for edge in boxes[0]]) if len(scores) else None
+
+    def boxes(self, picture: Tensor, text: str, threshold: float) -> tuple[Tensor, Tensor]:
+        """Scores `n` above the threshold and boxes `n 4` of a text that ends in a full stop, surest
+        first."""
+        given = self.processor(images=_pil(picture), text=text, return_tensors="pt")
         given = given.to(self.model.device)
         with torch.no_grad():
             seen = self.model(**given)
         (found,) = self.processor.post_process_grounded_object_detection(
             seen, given["input_ids"], threshold=threshold, target_sizes=[tuple(picture.shape[-2:])]
         )
-        if not len(found["scores"]):
-            return None
-        best = int(found["scores"].argmax())
-        return float(found["scores"][best]), [float(edge) for edge in found["boxes"][best]]
+        order = found["scores"].argsort(descending=True)
+        return found["scores"][order], found["boxes"][order]
 
 
 class ClipSeg:

@@ -35,8 +35,9 @@ class Letterbox(Plugin):
         resize: Literal["smooth", "plain"] = "smooth"
 
     before = ("source_trajectory", "sdedit", "region", "subject_mask", "regional_prompts",
-              "latent_blend", "pixel_blend", "paste_back", "rank", "background_loss",
-              "clip_guidance", "instruct", "presence", "exemplar", "imitation")  # fmt: skip
+              "latent_blend", "pixel_blend", "paste_back", "rank", "background_loss", "scribble",
+              "clip_guidance", "instruct", "presence", "exemplar", "imitation",
+              "exemplar_attention", "reconstruct_background")  # fmt: skip
 
     @hookimpl
     def inlay_declare(self, need: Needs) -> None:

@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from inlay import ConfigError, ModelError, resolve_model
+from inlay import ConfigError, ModelError, read_checkpoint, resolve_model
 from inlay_plugins import masks
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
@@ -285,17 +282,12 @@ def _downloaded(name: str, file: str) -> Path:
 
 def _values(file: Path) -> dict[str, Tensor]:
     """A checkpoint's values by name. Raises ModelError when it is not there, or none."""
-    try:
-        if file.suffix == ".safetensors":
-            return {key: value.float() for key, value in load_file(file).items()}
-        values: dict[str, Tensor] = torch.load(file, "cpu", weights_only=True)["model"]
-        return values
-    except FileNotFoundError as error:
-        raise ModelError("there is no such checkpoint", where=str(file)) from error
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, TypeError,
-            OSError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"no checkpoint of SAM 2: {reason}", where=str(file)) from error
+    values = read_checkpoint(file, fix := "Give a checkpoint of SAM 2.")
+    if file.suffix == ".safetensors":
+        return {key: value.float() for key, value in values.items()}
+    if not isinstance(held := values.get("model"), dict):
+        raise ModelError("it has no table 'model'", where=str(file), fix=fix)
+    return held
 
 
 def _fitted(model: Any, values: dict[str, Tensor], file: Path) -> Any:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from inlay_config.checkpoint_files import read
 from inlay_config.errors import ModelError
 
 from .adm_layout import FIX, Layout
-from .checkpoint_files import read
 
 Order = Literal["legacy", "new"]
 """How query, key and value lie in a checkpoint's ``qkv``: head by head ("legacy"), or as wholes."""

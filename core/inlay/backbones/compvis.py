@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay_config.checkpoint_files import read
 from inlay_config.config import data_path
 from inlay_config.errors import ModelError
-
-from .checkpoint_files import read
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST = f"{UNET}input_blocks.0.0.weight"

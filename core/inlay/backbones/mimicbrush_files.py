@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from inlay_config.checkpoint_files import read
 from inlay_config.errors import ModelError
 
-from .checkpoint_files import read
 from .mimicbrush_forward import readers
 from .mimicbrush_pipeline import DepthGuider, ImageTokens, MimicBrushPipeline
 

@@ -51,7 +51,9 @@ def scene_sheet(
             left = GAP + column * (width + GAP)
             note = _fit(f"{name}: {title}" if column == 0 else title, width, font)
             draw.text((left, top), note, fill=INK if column == taken else FAINT, font=font)
-            sheet.paste(_enlarge(picture, (width, height)), (left, top + head))
+            panel = _enlarge(picture, _inside(picture.size, (width, height)))
+            corner = (width - panel.width) // 2, (height - panel.height) // 2
+            sheet.paste(panel, (left + corner[0], top + head + corner[1]))
             if column == taken:
                 corners = (left - 3, top + head - 3, left + width + 2, top + head + height + 2)
                 draw.rectangle(corners, outline=INK, width=3)
@@ -94,6 +96,12 @@ def overlay(heat: Image.Image, picture: Image.Image) -> Image.Image:
 def _panel_size(picture: Image.Image) -> tuple[int, int]:
     scale = max(1, round(SIDE / min(picture.size)))
     return picture.width * scale, picture.height * scale
+
+
+def _inside(size: tuple[int, int], panel: tuple[int, int]) -> tuple[int, int]:
+    """The largest size of that shape in a panel, both (width, height)."""
+    scale = min(new / old for new, old in zip(panel, size, strict=True))
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def _enlarge(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

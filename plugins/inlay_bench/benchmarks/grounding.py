@@ -3,65 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay_bench.networks import digest_of
-from inlay_config.errors import ModelError
-from inlay_config.images import to_pil
+from inlay_plugins import detection
 
-BOX, TEXT = 0.35, 0.25  # least scores of a box and of a word: the published demo's
+BOX = 0.35  # least score of a box: the published demo's
 
 
 class GroundingDino:
-    """A transformers `GroundingDinoForObjectDetection` with its processor, by folder or hub name.
+    """The network that plugins look with, told as reports want it: name (with the threshold) and
+    digest."""
 
-    name (with the thresholds), digest: for reports.
-    """
-
-    def __init__(self, model: nn.Module, processor: Any, name: str, digest: str) -> None:
-        self.model, self.processor = model.eval().requires_grad_(False), processor
-        self.name, self.digest = f"{name} (box {BOX}, text {TEXT})", digest
+    def __init__(self, network: detection.GroundingDino, name: str) -> None:
+        self.network, self.name = network, f"{name} (box {BOX})"
+        self.digest = digest_of(network.model)
 
     @classmethod
     def from_pretrained(cls, where: str | Path) -> GroundingDino:
-        """Raises ModelError when it is no whole Grounding-DINO."""
-        from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
-
-        try:
-            model, told = GroundingDinoForObjectDetection.from_pretrained(
-                where, dtype=torch.float32, output_loading_info=True
-            )
-            processor = GroundingDinoProcessor.from_pretrained(where)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            fix = "Give a folder or a name such as IDEA-Research/grounding-dino-base."
-            raise ModelError(f"no Grounding-DINO: {error}", where=str(where), fix=fix) from error
-        if told["missing_keys"]:
-            missing = ", ".join(sorted(told["missing_keys"])[:3])
-            raise ModelError(f"the weights are not whole: no {missing}", where=str(where))
-        return cls(model, processor, str(where), digest_of(model))
+        """By folder or hub name. Raises ModelError when it is no whole Grounding-DINO."""
+        return cls(detection.grounding_dino(str(where)), str(where))
 
     def find(self, x: Tensor, phrase: str) -> Tensor:
         """Boxes of a phrase in one picture `1 3 h w` in 0..1: left, top, right, bottom in pixels,
         `n 4`, surest first."""
-        (picture,) = to_pil(x)
-        given = self.processor(
-            images=picture, text=f"{phrase.strip().rstrip('.').lower()}.", return_tensors="pt"
-        )
-        with torch.no_grad():
-            seen = self.model(**given)
-        (found,) = self.processor.post_process_grounded_object_detection(
-            seen,
-            given["input_ids"],
-            threshold=BOX,
-            text_threshold=TEXT,
-            target_sizes=[(picture.height, picture.width)],
-        )
-        order = found["scores"].argsort(descending=True)
-        return found["boxes"][order]
+        return self.network.boxes(x[0], f"{phrase.strip().rstrip('.').lower()}.", BOX)[1]
 
 
 def new_boxes(before: Tensor, after: Tensor, same: float = 0.5) -> Tensor:
