@@ -1,5 +1,6 @@
 """Sections of the results page: a picture changed by an instruction.
 
+`insertion` puts the models that are told "add a dog" beside the methods that are given captions.
 `tradeoff` is InstructPix2Pix's figure 8 on scenes whose true edit is known: how much the picture
 changes the right way against how much of it stays, over the scale of the picture.
 """
@@ -16,21 +17,60 @@ from inlay_bench import curve
 from inlay_bench.report import Summary
 from inlay_config.images import save
 
+TOLD = ("instruct", "magicbrush", "erasedraw")
+BEGUN = tuple(
+    f"{name}@source_trajectory.seed=4@sdedit.strength=1" for name in ("instruct", "erasedraw")
+)
+GIVEN = ("addit", "addit_sd")
+SHOWN = ("inclusion", "held_out", "affordance", "affordance_all", "contact", "clip_direction",
+         "psnr", "lpips")  # fmt: skip
+COMPARED = ("inclusion", "affordance_all", "contact", "clip_direction", "psnr", "lpips")
+SHEET = {"input": "input", "instruct": "instruct", "magicbrush": "magicbrush",
+         "erasedraw": "erasedraw", "... begun": BEGUN[1], "Add-it": "addit"}  # fmt: skip
+
 ROWS = ("instruct", "sdedit_sd")
 COLUMNS = ("carried_out", "direction_fixed", "image_fixed", "direction_coded", "image_coded",
            "psnr_strict")  # fmt: skip
+ALONG = ("carried_out", "direction_fixed", "image_fixed", "psnr_strict")
+STEPS = ((1, 1.4), (1.4, 1.8), (1.8, 2.2), (1, 2.2))  # scales of the picture that are compared
 WIDTH, HEIGHT, EDGE = 420, 300, 44  # pixels of the figure
 COLOURS = ((30, 90, 170), (180, 60, 40), (60, 140, 80))
 
 
+def insertion(args: Namespace) -> str:
+    """Instructions on items of the insertion task, and how the pictures differ from Add-it's, from
+    each other's, and where they begin with noise over the picture, as the models were trained, in
+    place of noise alone."""
+    few = max(1, args.items // 8)
+    rows = (*TOLD, *BEGUN, *GIVEN)
+    summary = comparison.evaluate("toybox-affordance", rows, few, "instructions")
+    save(comparison.sheet(summary, SHEET), comparison.OUT / "instructions.png")
+    pairs = [(ours, other) for other in GIVEN for ours in TOLD]
+    pairs += [(ours, "instruct") for ours in TOLD[1:]]
+    pairs += [(ours, ours.partition("@")[0]) for ours in BEGUN]
+    lines = comparison.means(summary, {f"`{name}`": name for name in rows}, SHOWN)
+    lines += ["", f"* The first {few} items.", "", "*Item by item*", ""]
+    return "\n".join([*lines, *_differences(summary, pairs, COMPARED)])
+
+
+def _differences(
+    summary: Summary, pairs: Sequence[tuple[str, str]], keys: Sequence[str]
+) -> list[str]:
+    """One table of differences of pairs of methods."""
+    tables = [comparison.differences(summary, a, [b], keys) for a, b in pairs]
+    return [*tables[0], *(table[-1] for table in tables[1:])]
+
+
 def tradeoff(args: Namespace) -> str:
     """One row per scale of the picture, or strength, and the curves through them."""
-    few = max(1, args.items // 10)
+    few = max(1, args.items // 8)
     summary = comparison.evaluate("toybox-tradeoff", ROWS, few)
     save(figure(summary), comparison.OUT / "tradeoff.png")
     rows = {row.method: row.method for row in summary.rows if row.method not in ("copy", "vae")}
     lines = comparison.means(summary, rows, COLUMNS)
-    return "\n".join([*lines, "", f"* {few} items, guidance and steps as the experiments ship."])
+    lines += ["", f"* {few} items, guidance and steps as the experiments ship.", ""]
+    pairs = [(f"instruct-{high}", f"instruct-{low}") for low, high in STEPS]
+    return "\n".join([*lines, "*Scene by scene*", "", *_differences(summary, pairs, ALONG)])
 
 
 def figure(summary: Summary) -> Image.Image:

@@ -56,6 +56,7 @@ SECTIONS: dict[str, Section] = {
     "synthetic-data": synthetic_data.section,
     "exemplars": exemplars.filling,
     "exemplar-guidance": exemplars.guidance,
+    "instructions": instructions.insertion,
     "tradeoff": instructions.tradeoff,
 }
 
