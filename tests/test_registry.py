@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import inlay_toybox
 from inlay_config import config, registry
 from inlay_config.errors import ConfigError, ModelError, PluginError
 
@@ -92,3 +93,13 @@ def test_pickled_weights_are_refused(tmp_path: Path, suffix: str) -> None:
 def test_a_folder_without_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model_index\.json"):
         registry.resolve_model(str(tmp_path))
+
+
+def test_a_model_that_finds_no_room_in_the_cache_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INLAY_CACHE", str(tmp_path / "file"))
+    inlay_toybox.path.cache_clear()
+    with pytest.raises(ModelError, match=r"'toybox/sd' has no place: .*toybox.*set INLAY_CACHE"):
+        registry.resolve_model("toybox/sd")

@@ -83,7 +83,11 @@ def resolve_model(name: str, where: str = "model", holds: str = "model_index.jso
     if name in models():
         module, _, function = models()[name]["path"].partition(":")
         finder = getattr(importlib.import_module(module), function)
-        folder = Path(finder(models()[name]["argument"]))
+        try:
+            folder = Path(finder(models()[name]["argument"]))
+        except OSError as error:  # some are unpacked into the cache
+            fix = "Make room there, or set INLAY_CACHE to a folder that can be written to."
+            raise ModelError(f"'{name}' has no place: {error}", where=where, fix=fix) from error
     elif Path(name).is_dir():
         folder = Path(name)
     elif holds == "model_index.json" and Path(name).is_file():
