@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # sam2's optional CUDA extension is not worth a compiler.
 export SAM2_BUILD_CUDA ?= 0
 
-.PHONY: demo docs docs-pictures test compose test-goldens test-fetch test-browser bench quality lint clean
+.PHONY: demo docs docs-pictures test compose test-goldens test-fetch test-browser bench quality ablations lint clean
 
 demo: $(READY)
 	$(BIN)/inlay run demo --out outputs/demo
@@ -44,6 +44,10 @@ bench: $(READY)
 
 quality: $(READY)
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+# Miniatures without one part each, for the section `exemplar-ablations` of `make quality`: about an hour on one core.
+ablations: $(READY)
+	$(BIN)/python benchmarks/exemplar_ablations.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

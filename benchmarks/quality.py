@@ -16,6 +16,7 @@ from pathlib import Path
 import ablations
 import blending
 import comparison
+import exemplar_ablations
 import exemplars
 import hard_cases
 import insertion
@@ -55,8 +56,10 @@ SECTIONS: dict[str, Section] = {
     "blending": blending.section,
     "synthetic-data": synthetic_data.section,
     "exemplars": exemplars.filling,
+    "imitation": exemplars.imitating,
     "exemplar-guidance": exemplars.guidance,
     "instructions": instructions.insertion,
+    "exemplar-ablations": exemplar_ablations.section,
     "tradeoff": instructions.tradeoff,
 }
 
