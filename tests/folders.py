@@ -10,12 +10,17 @@ from pathlib import Path
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessor,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -108,3 +113,32 @@ def save_flux(folder: Path) -> Path:
     settings = {"height": 32, "width": 32, "max_sequence_length": TOKENS}
     (folder / "settings.json").write_text(json.dumps(settings))
     return folder
+
+
+def save_depth_anything(folder: Path) -> tuple[Path, DepthAnythingForDepthEstimation]:
+    """A depth model whose numbers are not constant, for pictures of 28 pixels."""
+    torch.manual_seed(0)
+    tower = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=28,
+        patch_size=14,
+        out_features=[f"stage{i}" for i in range(1, 5)],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    widths = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [4, 4, 8, 8]}
+    widths |= {"fusion_hidden_size": 4, "head_hidden_size": 4}
+    network = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(backbone_config=tower, patch_size=14, **widths)
+    )
+    for part in (network.neck, network.head):
+        for weight in part.parameters():
+            nn.init.normal_(weight, std=0.3)
+    nn.init.constant_(network.head.conv3.bias, 1.0)
+    network.save_pretrained(folder)
+    sides = {"size": {"height": 28, "width": 28}}
+    DPTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3, **sides).save_pretrained(folder)
+    return folder, network.eval()

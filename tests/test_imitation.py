@@ -6,14 +6,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    DPTImageProcessor,
-)
 
 import compositions
+import folders
 import inlay
 from inlay import ConfigError, InputError, ModelError, PlanConflict, backbones
 from inlay.backbones import mimicbrush_files
@@ -162,33 +157,7 @@ def test_depth_is_of_the_picture_or_of_nothing(shown, pipe, tmp_path, monkeypatc
 @pytest.fixture(scope="module")
 def depth_anything(tmp_path_factory):
     """A tiny one, in a folder."""
-    torch.manual_seed(0)
-    tower = Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=28,
-        patch_size=14,
-        out_features=[f"stage{i}" for i in range(1, 5)],
-        reshape_hidden_states=False,
-        apply_layernorm=True,
-    )
-    widths = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [4, 4, 8, 8]}
-    widths |= {"fusion_hidden_size": 4, "head_hidden_size": 4}
-    network = DepthAnythingForDepthEstimation(
-        DepthAnythingConfig(backbone_config=tower, patch_size=14, **widths)
-    )
-    for part in (network.neck, network.head):
-        for weight in part.parameters():
-            nn.init.normal_(weight, std=0.3)
-    nn.init.constant_(network.head.conv3.bias, 1.0)
-    folder = tmp_path_factory.mktemp("depth")
-    network.save_pretrained(folder)
-    DPTImageProcessor(
-        size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.25] * 3
-    ).save_pretrained(folder)
-    return folder, network.eval()
+    return folders.save_depth_anything(tmp_path_factory.mktemp("depth"))
 
 
 @torch.no_grad()

@@ -44,7 +44,13 @@ def paint(base, clip, *words):
 
 
 def mimic(base, clip, *words):
-    small = ["inpainting=null", "data.clips=null", "data.sift=false", "depth_widths=[4,8,8]"]
+    small = [
+        "inpainting=null",
+        "depth_model=null",
+        "data.clips=null",
+        "data.sift=false",
+        "depth_widths=[4,8,8]",
+    ]
     return build("mimicbrush", base, clip, *small, *words)
 
 

@@ -44,6 +44,11 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def depth_anything(tmp_path_factory):
+    return folders.save_depth_anything(tmp_path_factory.mktemp("depth"))[0]
+
+
+@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Scenes in two clips, one torn, and alone; boxes as COCO and Open Images write them."""
     root = tmp_path_factory.mktemp("photos")
@@ -121,7 +126,7 @@ def test_a_crop_contains_the_hole_and_is_a_square():
 
 def test_an_exemplar_without_augmentation_is_the_grown_box():
     picture = torch.rand(3, 60, 64, generator=torch.Generator().manual_seed(0))
-    still = Settings(grow=4, rotate=0.0, blur=0.0, bend=0.0, crop=False)
+    still = Settings(grow=4, rotate=0.0, blur=0.0, bend=0.0, crop=False, elastic=0.0)
     wanted = picture[:, 6:54, 16:48]
     made = {
         tuple(self_reference.make(picture, BOX, 60, 48, rng(i), still).exemplar.shape)
@@ -129,6 +134,8 @@ def test_an_exemplar_without_augmentation_is_the_grown_box():
     }
     assert made == {(3, 48, 48)}
     flat = F.interpolate(wanted[None], (48, 48), mode="bilinear", antialias=True)[0]
+    left = self_reference.augmented(wanted, 48, rng(), Settings(still=True))
+    torch.testing.assert_close(left, flat)
     seen = [self_reference.augmented(wanted, 48, rng(i), still) for i in range(8)]
     flips = [bool((s - flat.flip(-1)).abs().max() < 1e-4) for s in seen]
     same = [bool((s - flat).abs().max() < 1e-4) for s in seen]
@@ -144,6 +151,35 @@ def test_an_exemplar_is_turned_blurred_and_bent_and_the_same_seed_draws_the_same
     shown = torch.stack([pair.exemplar for pair in pairs[::2]])
     assert shown.shape == (6, 3, 24, 24) and shown.min() >= 0 and shown.max() <= 1
     assert (shown[1:] - shown[0]).abs().mean((1, 2, 3)).min() > 0.01
+
+
+def test_an_exemplar_may_be_cut_out_of_a_finer_picture():
+    """The same place of it, and nothing else changes."""
+    fine = torch.rand(3, 120, 128, generator=torch.Generator().manual_seed(0))
+    coarse, still = F.avg_pool2d(fine, 2), Settings(grow=4, still=True)
+    pairs = [
+        self_reference.make(coarse, BOX, 32, 48, rng(), still, finer) for finer in (None, fine)
+    ]
+    for name in ("picture", "mask"):
+        assert torch.equal(*(getattr(pair, name) for pair in pairs))
+    cut = fine[None, :, 12:108, 32:96]
+    wanted = F.interpolate(cut, (48, 48), mode="bilinear", antialias=True)[0]
+    torch.testing.assert_close(pairs[1].exemplar, wanted)
+    assert (pairs[0].exemplar - wanted).abs().max() > 0.01
+
+
+def test_an_elastic_transform_moves_by_hundredths_of_a_pixel_as_published():
+    """Uniform moves of a pixel behind a Gaussian of 50 of 224 pixels: their deviation is that of
+    white noise, 1 / sqrt(3), over 2 sqrt(pi) times the Gaussian's."""
+    moves = self_reference._moves(224, rng(), Settings().elastic) * 224 / 2
+    assert moves.shape == (224, 224, 2) and 0.0005 < np.abs(moves).max() < 0.05
+    middle = [self_reference._moves(32, rng(i), 1.0)[16, 16] / 2 for i in range(300)]
+    wanted = 1 / np.sqrt(3) / (2 * np.sqrt(np.pi) * 32 * 50 / 224)
+    assert np.std(middle) == pytest.approx(wanted, rel=0.15)
+    ramp = torch.linspace(0, 1, 32).expand(3, 32, 32)
+    still = np.eye(2, 3, dtype=np.float32)
+    pushed = self_reference._warped(ramp, still, np.full((32, 32, 2), 2 / 31, np.float32))
+    torch.testing.assert_close(pushed[:, :, :-1], ramp[:, :, 1:])
 
 
 def test_boxes_are_read_as_coco_and_open_images_write_them(photos):
@@ -277,6 +313,12 @@ def test_paint_by_example_trains_from_the_command_line_and_stock_loads_it(
     begun = CLIPVisionModel.from_pretrained(clip)
     for a, b in zip(pipe.image_encoder.model.parameters(), begun.parameters(), strict=True):
         assert torch.equal(a, b)
+    later = paint(tmp_path / "out" / "model", clip)  # a recipe goes on from what it wrote
+    for part, made in ((later.unet, pipe.unet), (later.encoder, pipe.image_encoder)):
+        state = made.state_dict()
+        assert all(torch.equal(p, state[name]) for name, p in part.named_parameters())
+    with pytest.raises(ModelError, match="it has no text encoder"):
+        paint(tmp_path / "out" / "model", clip, "prompt=text")
     pipe.set_progress_bar_config(disable=True)
     shown = Image.new("RGB", (40, 40), "red")
     mask = torch.ones(1, 1, 16, 16)
@@ -365,9 +407,16 @@ def test_a_row_that_cannot_be_drawn_stays_broken_when_encoded(photos, tmp_path):
 
 
 def test_mimicbrush_trains_from_the_command_line_and_its_pipeline_loads_it(
-    base, clip, photos, invoke, tmp_path
+    base, clip, depth_anything, photos, invoke, tmp_path
 ):
-    words = [f"model={base}", "inpainting=null", f"clip={clip}", f"data.clips={photos}", *TINY]
+    words = [
+        f"model={base}",
+        "inpainting=null",
+        f"depth_model={depth_anything}",
+        f"clip={clip}",
+        f"data.clips={photos}",
+        *TINY,
+    ]
     words += ["depth_widths=[4,8,8]", "data.sift=false"]
     code, _, told = invoke(
         "train", "mimicbrush", *words, "--max-steps", 20, "--out", tmp_path / "out"
@@ -376,7 +425,9 @@ def test_mimicbrush_trains_from_the_command_line_and_its_pipeline_loads_it(
     assert "1 broken pictures skipped" in told
     pipe = MimicBrushPipeline.from_pretrained(tmp_path / "out" / "model")
     assert pipe.unet.config.in_channels == 13 and pipe.reference_unet.config.in_channels == 4
-    begun = mimic(base, clip)
+    begun, later = mimic(base, clip), mimic(tmp_path / "out" / "model", clip)
+    for name, parameter in pipe.unet.named_parameters():
+        assert torch.equal(parameter, dict(later.unet.named_parameters())[name])
     for part in ("unet", "reference_unet", "image_encoder"):
         old = dict(getattr(begun.pipe, part).named_parameters())
         moved = [n for n, p in getattr(pipe, part).named_parameters() if not torch.equal(p, old[n])]
@@ -385,7 +436,7 @@ def test_mimicbrush_trains_from_the_command_line_and_its_pipeline_loads_it(
 
 def mimic(base, clip, *words):
     data = ["data.clips=null", "data.toybox=4", "data.sift=false", "depth_widths=[4,8,8]"]
-    data.append("inpainting=null")
+    data += ["inpainting=null", "depth_model=null"]
     return build("mimicbrush", f"model={base}", f"clip={clip}", *data, *words)
 
 
@@ -415,6 +466,32 @@ def test_a_reference_u_net_that_is_not_trained_stays_as_it_is(base, clip):
     drawn = [rows.draw(i, rng(i)) for i in range(2)]
     recipe({name: torch.stack([row[name] for row in drawn]) for name in drawn[0]}).backward()
     assert not [name for name, p in recipe.trained().items() if p.grad is None]
+
+
+@torch.no_grad()
+def test_photographs_have_the_depth_that_a_network_sees(base, clip, depth_anything, monkeypatch):
+    """Scenes keep the true one. Who drops it sees what the network says of nothing, as in a run."""
+    recipe = mimic(base, clip, f"depth_model={depth_anything}")
+    assert not any("depth_network" in name for name in recipe.trained())
+    source, depth = torch.rand(3, 3, 16, 16).mul(255).round() / 255, torch.zeros(3, 1, 16, 16)
+    depth[1] = 0.5
+    known = recipe._depth(depth, source)
+    assert torch.equal(known[1], depth[1])
+    network, processor = recipe.depths
+    picture = Image.fromarray((source[2] * 255).byte().permute(1, 2, 0).numpy())
+    mean = [m / 255 for m in processor.image_mean]
+    pixels = processor(images=picture, return_tensors="pt", image_mean=mean).pixel_values
+    for seen, wanted in ((known[2:], pixels), (recipe.flat, 0 * pixels)):
+        near = network(wanted).predicted_depth[:, None]
+        torch.testing.assert_close(seen, F.interpolate(near, (16, 16), mode="bilinear"))
+    assert (known[2] - recipe.flat[0]).abs().max() > 1e-3
+
+    heard = []
+    monkeypatch.setattr(recipe.depth_guider, "forward", lambda d, grid: heard.append(d) or d)
+    for _ in range(40):
+        recipe._shape(known, torch.zeros(3, 4, 8, 8))
+    dropped = (torch.cat(heard) == recipe.flat).flatten(1).all(1).float()
+    assert float(dropped.mean()) == pytest.approx(0.5, abs=0.15)
 
 
 def test_what_is_not_read_is_not_trained_and_everything_else_has_a_gradient(base, clip):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from inlay_config import config
 from inlay_config.errors import ConfigError, InputError, ModelError
 from inlay_plugins import clips
 from inlay_toybox import edits
-from inlay_train import edit_data, low_rank, pairs, prompt_pairs, recipes
+from inlay_train import edit_data, low_rank, pairs, prompt_pairs, recipes, trainer
 from inlay_train.edit_data import EditPairs, Sources
 
 TINY = ["size=16", "train.batch=2", "train.precision=fp32", "train.workers=0", "train.warmup=0"]
@@ -95,6 +94,10 @@ def test_it_trains_from_the_command_line_and_stock_loads_it(
         for kind in kinds
     }
     assert moved == {"unet": True, "text_encoder": "text=true" in words}
+    later = build(name, f"model={tmp_path / 'out' / 'model'}", "rank=0")  # it goes on from that
+    for part, made in ((later.unet, pipe.unet), (later.text_encoder, pipe.text_encoder)):
+        state = made.state_dict()
+        assert all(torch.equal(p, state[key]) for key, p in part.named_parameters())
     pipe.set_progress_bar_config(disable=True)
     made = pipe("add 1", torch.rand(1, 3, 16, 16), num_inference_steps=1, output_type="pt").images
     assert made.isfinite().all()
@@ -238,24 +241,57 @@ def test_sources_add_up(folder):
         data.draw(2, np.random.default_rng(0))
 
 
-def test_pairs_of_the_library_datasets(monkeypatch):
-    class Table(list):
-        column_names = ("source_img", "target_img", "instruction")
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """The library `datasets`, which keeps what it converts in a folder of this test."""
+    import datasets
 
-    rows = [
-        {"source_img": Image.new("L", (20, 20)), "target_img": Image.new("RGB", (20, 20), "white")}
-        | {"instruction": "make it white"}
-    ]
-    asked = []
-    library = SimpleNamespace(load_dataset=lambda name, split: asked.append(name) or Table(rows))
-    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def test_an_image_folder_of_the_library_datasets_is_a_folder_of_pairs(
+    library, base, folder, tmp_path
+):
+    """The layout of `inlay pairs` is its own; a torn picture is found when it is drawn."""
+    made, wanted = EditPairs(Sources(dataset=str(folder)), 16), EditPairs(Sources(str(folder)), 16)
+    assert len(made) == len(wanted) == 6
+    for index in (0, 5):
+        rows = [data.draw(index, np.random.default_rng(0)) for data in (made, wanted)]
+        assert rows[0]["instruction"] == rows[1]["instruction"] == f"add {index}"
+        for name in ("before", "after"):
+            assert torch.equal(rows[0][name], rows[1][name])
+    with pytest.raises(InputError, match="row 2: cannot be read"):
+        made.draw(2, np.random.default_rng(0))
+    recipe = build("instruct_pix2pix", f"model={base}", f"data.dataset={folder}")
+    trainer.train(recipe, tmp_path / "out", max_steps=2)
+    assert (tmp_path / "out" / "model" / "model_index.json").exists()
+
+
+def test_a_table_of_the_library_datasets_names_its_columns(
+    library, instruct, tmp_path, monkeypatch
+):
+    pictures = {
+        name: [Image.new("RGB", (20, 20), (level, 60 * i, 0)) for i in range(4)]
+        for name, level in (("source_img", 0), ("target_img", 255))
+    }
+    rows = {**pictures, "instruction": [f"make it {i}" for i in range(4)]}
+    kinds = {name: library.Image() for name in pictures}
+    features = library.Features({**kinds, "instruction": library.Value("string")})
+    table = library.Dataset.from_dict(rows, features)
+    table.to_parquet(str(tmp_path / "table" / "train.parquet"))
     columns = {"before": "source_img", "after": "target_img", "instruction": "instruction"}
-    data = EditPairs(Sources(dataset="osunlp/MagicBrush", columns=columns), 16)
-    row = data.draw(0, np.random.default_rng(0))
-    assert asked == ["osunlp/MagicBrush"] and row["instruction"] == "make it white"
-    assert row["before"].unique().tolist() == [-1] and row["after"].unique().tolist() == [1]
+    made = EditPairs(Sources(dataset=str(tmp_path / "table"), columns=columns), 16)
+    drawn = made.draw(3, np.random.default_rng(0))
+    assert len(made) == 4 and drawn["instruction"] == "make it 3"
+    assert (drawn["before"][0] == -1).all() and (drawn["after"][0] == 1).all()
+    words = [f"data.columns.{key}={name}" for key, name in columns.items()]
+    recipe = build("magicbrush", f"model={instruct}", f"data.dataset={tmp_path / 'table'}", *words)
+    trainer.train(recipe, tmp_path / "out", max_steps=2)
+    assert (tmp_path / "out" / "model" / "model_index.json").exists()
     with pytest.raises(ConfigError, match=r"data\.columns: no column 'original_image'"):
-        EditPairs(Sources(dataset="x"), 16)
+        EditPairs(Sources(dataset=str(tmp_path / "table")), 16)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="pip install datasets"):
         EditPairs(Sources(dataset="x"), 16)

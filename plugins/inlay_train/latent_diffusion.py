@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
+from inlay import backbones
 from inlay_config import registry
 from inlay_config.errors import ConfigError, ModelError
 from inlay_train.recipe import Recipe
@@ -107,9 +108,8 @@ class LatentDiffusion(Recipe):
 
 
 def pipeline(model: str) -> Any:
-    """A diffusers pipeline by name or folder, in float32."""
-    folder = registry.resolve_model(model)
-    return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    """A pipeline by name or folder, also of what recipes wrote, in float32. Raises ModelError."""
+    return backbones.load(registry.resolve_model(model), device="cpu")
 
 
 def tower(clip: str) -> tuple[Any, Any]:

@@ -18,11 +18,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 from inlay.backbones.mimicbrush_forward import imitate, readers, reference
 from inlay.backbones.mimicbrush_pipeline import DepthGuider, ImageTokens, MimicBrushPipeline
 from inlay_config import registry
 from inlay_config.errors import ModelError
+from inlay_plugins import depths
 from inlay_train import encoded, low_rank
 from inlay_train.encoded import told
 from inlay_train.latent_diffusion import (
@@ -45,7 +47,8 @@ class MimicBrush(LatentDiffusion):
         """model: a Stable Diffusion to begin with, or a MimicBrush to go on from. inpainting: of
         which model the imitative U-Net begins as a copy, one that fills holes (None: of `model`).
         clip: whose vision tower reads the reference, where `model` brings none. changes, masks: of
-        the views. depth: channels of the depth; depth_widths: of the layers before. drop_depth,
+        the views. depth: channels of the depth; depth_widths: of the layers before; depth_model: of
+        transformers, by name or folder, for photographs (None: theirs is 0). drop_depth,
         drop_reference: shares of rows that see none. mix: of what is read, as in the plugin
         `imitation`; 0: nothing, CLIP alone sees the reference. rank, reference_rank: of what is
         trained of either U-Net (0: all weights). train_reference, tower: train the reference U-Net,
@@ -59,6 +62,7 @@ class MimicBrush(LatentDiffusion):
         masks: Masking = field(default_factory=Masking)
         depth: int = 4
         depth_widths: tuple[int, ...] = (16, 32, 64, 128)
+        depth_model: str | None = None
         drop_depth: float = 0.5
         drop_reference: float = 0.1
         mix: float = 0.5
@@ -73,6 +77,12 @@ class MimicBrush(LatentDiffusion):
         self.tower, self.image_tokens = pipe.image_encoder, pipe.image_tokens
         self.unet, self.reference_unet = pipe.unet, pipe.reference_unet
         self.depth_guider = pipe.depth_guider
+        self.depths = depths.load(cfg.depth_model, "depth_model") if cfg.depth_model else None
+        self.flat = torch.zeros(1, 1, cfg.size, cfg.size)
+        if self.depths:
+            self.depth_network = self.depths[0]
+            freeze([self.depth_network])
+            self.flat = self._estimated(self.flat.expand(1, 3, -1, -1), blank=True)
         low_rank.add(self.unet, cfg.rank)
         low_rank.add(self.reference_unet, cfg.reference_rank)
         taught = cfg.train_reference and cfg.mix
@@ -91,18 +101,33 @@ class MimicBrush(LatentDiffusion):
             problem = "rows that are encoded once hold what CLIP saw, which tower trains"
             raise ModelError(problem, where="encoded", fix="Set tower: false.")
         parts = [told(part) for part in (cfg.data, cfg.changes, cfg.masks)]
-        identity = self.identity(f"{parts} {cfg.size} {cfg.clip}")
+        further = f" {cfg.depth_model}" if cfg.depth_model else ""
+        identity = self.identity(f"{parts} {cfg.size} {cfg.clip}{further}")
         return encoded.encode(views, self.seen, out / "encoded.safetensors", identity)
 
     def seen(self, batch: Sample) -> dict[str, Tensor]:
         """What CLIP and autoencoder make of rows: `clean`, `around` and `shown` `b 2 c h w`, mean
         and deviation of the latents of the source, of the source with a black hole, and of the
-        reference; `hidden` `b t d`, CLIP's; `mask` and `depth` `b 1 s s` as they are."""
+        reference; `hidden` `b t d`, CLIP's; `mask` and `depth` `b 1 s s`."""
         source, mask = batch["source"], batch["mask"]
         pictures = {"clean": source, "around": source * (1 - mask), "shown": batch["reference"]}
         latents = {name: self.posterior(2 * shown - 1) for name, shown in pictures.items()}
-        known = {"mask": mask, "depth": batch["depth"]}
-        return {**latents, **known, "hidden": self._hidden(batch["reference"])}
+        further = {"mask": mask, "depth": self._depth(batch["depth"], source)}
+        return {**latents, **further, "hidden": self._hidden(batch["reference"])}
+
+    def _depth(self, depth: Tensor, source: Tensor) -> Tensor:
+        """Depth `b 1 s s`; where it is 0 and so unknown, what the depth model sees."""
+        unknown = ~depth.flatten(1).any(1)
+        if self.depths is None or not unknown.any():
+            return depth
+        return depth.index_put((unknown,), self._estimated(source[unknown]))
+
+    def _estimated(self, pictures: Tensor, blank: bool = False) -> Tensor:
+        """The depth model's own numbers `b 1 s s` for pictures `b 3 s s` in 0..1, as the plugin
+        `imitation` asks for them: of what `keep_shape` keeps; blank: of what it does not."""
+        shown = [to_pil_image(picture.cpu()) for picture in pictures]
+        found = depths.estimate(self.depths, shown, True, blank)
+        return F.interpolate(found, pictures.shape[-2:], mode="bilinear").to(pictures)
 
     def _hidden(self, pictures: Tensor) -> Tensor:
         """CLIP's penultimate hidden states `b t d` of pictures in 0..1."""
@@ -136,7 +161,8 @@ class MimicBrush(LatentDiffusion):
         if self.depth_guider is None:
             return []
         known = torch.rand(len(clean), 1, 1, 1, device=clean.device) >= self.cfg.drop_depth
-        return [self.depth_guider(depth * known, (clean.shape[-2], clean.shape[-1]))]
+        seen = torch.where(known, depth, self.flat.to(depth))
+        return [self.depth_guider(seen, (clean.shape[-2], clean.shape[-1]))]
 
     def _prompt(self, hidden: Tensor, count: int) -> Tensor:
         """The prompt of hidden states `b t d`; from row `count` on that of no picture: of zeros
@@ -158,10 +184,9 @@ class MimicBrush(LatentDiffusion):
 def begun(cfg: Any) -> MimicBrushPipeline:
     """A MimicBrush as it is, or one before training, of a Stable Diffusion: two of the U-Net, and
     what it has beside them, fresh. Raises ModelError for other models."""
-    folder = registry.resolve_model(cfg.model)
-    if _is_a(folder, "reference_unet"):
-        return MimicBrushPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     pipe = pipeline(cfg.model)
+    if isinstance(pipe, MimicBrushPipeline):
+        return pipe
     channels, taken = pipe.vae.config.latent_channels, pipe.unet.config.in_channels
     if taken != channels:
         problem = f"its U-Net takes {taken} channels, not {channels}"
@@ -191,7 +216,8 @@ def hole_filler(name: str, channels: int) -> Any:
     if (taken := unet.config.in_channels) != 2 * channels + 1:
         problem = f"its U-Net takes {taken} channels, not {2 * channels + 1}"
         raise ModelError(problem, where=name, fix="Name an inpainting model, or none.")
-    if _is_a(folder, "PaintByExample"):
+    index = Path(folder) / "model_index.json"
+    if index.is_file() and "PaintByExample" in index.read_text(encoding="utf-8"):
         seen = unet.conv_in
         with torch.no_grad():
             z, around, kept = seen.weight.split([channels, channels, 1], 1)
@@ -218,11 +244,6 @@ def unread_tower(tower: Any) -> list[Any]:
     """What of CLIP stands behind its penultimate hidden states."""
     inner = getattr(tower, "vision_model", tower)
     return [inner.encoder.layers[-1], inner.post_layernorm]
-
-
-def _is_a(folder: str, mark: str) -> bool:
-    index = Path(folder) / "model_index.json"
-    return index.is_file() and mark in index.read_text(encoding="utf-8")
 
 
 def _ordered(batch: Sample, dropped: float) -> Sample:

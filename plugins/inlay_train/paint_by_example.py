@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inlay.backbones.conditioned import OneToken
+from inlay_config.errors import ModelError
 from inlay_train import boxes, encoded, exemplar_prompts, low_rank
 from inlay_train.encoded import told
 from inlay_train.latent_diffusion import (
@@ -67,6 +68,9 @@ class PaintByExample(LatentDiffusion):
     def _encoder(self, pipe: Any) -> tuple[Any, Any]:
         """What makes a prompt of an exemplar, and what prepares its pictures."""
         if getattr(pipe, "image_encoder", None) is not None:
+            if self.cfg.prompt == "text":
+                problem, fix = "it has no text encoder", "Begin with a Stable Diffusion."
+                raise ModelError(problem, where=self.cfg.model, fix=fix)
             return pipe.image_encoder, pipe.feature_extractor
         vision, processor = tower(self.cfg.clip)
         width, config = self.unet.config.cross_attention_dim, vision.config

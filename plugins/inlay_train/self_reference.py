@@ -10,19 +10,25 @@ Boxes are (left, top, right, bottom) in pixels, right and bottom exclusive; pict
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
+
+from inlay_train.encoded import LATER
 
 Box = tuple[int, int, int, int]
 
 AREA = (0.02, 0.8)
 """Share of the picture that a box must have to be an exemplar."""
+
+SMOOTH = 50 / 224
+"""Deviation of the Gaussian that smooths an elastic transform, as a share of the side."""
 
 SAMPLES = 20
 """Points on each of a hole's four curves."""
@@ -37,6 +43,9 @@ class Settings:
         rotate: degrees, to either side, one time in two. bend: how far the three points of the
             random affine map move, as a share of the exemplar's side, three times in ten. blur:
             share of exemplars that are blurred; kernels: sides of the kernel in pixels.
+        elastic: how far a pixel of a bent exemplar moves before these moves are smoothed, as a
+            share of its side; the smoothing leaves hundredths of it. still: leave exemplars as
+            they are, for comparison.
         curved: share of holes that are not boxes. free: share of the space beside a box by which a
             hole may exceed it. jitter: pixels that a point of a curve moves, at least one.
         crop: whether a square around the hole is cut out, and not the whole picture squashed.
@@ -51,6 +60,8 @@ class Settings:
     free: float = 0.4
     jitter: int = 5
     crop: bool = True
+    elastic: float = field(default=1 / 224, metadata=LATER)
+    still: bool = field(default=False, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -136,12 +147,11 @@ def window(wide: Box, width: int, height: int, rng: np.random.Generator) -> Box:
 
 
 def augmented(exemplar: Tensor, side: int, rng: np.random.Generator, settings: Settings) -> Tensor:
-    """An exemplar `3 h w` squashed to `3 side side`, then flipped, turned, blurred and bent.
-
-    The published elastic transform adds a field of random displacements to its affine map; with
-    the published numbers it moves nothing by more than hundredths of a pixel and is left out.
-    """
+    """An exemplar `3 h w` squashed to `3 side side`, then flipped, turned, blurred, and bent by an
+    elastic transform: an affine map and a smooth field of moves."""
     flat = TF.resize(exemplar, [side, side], antialias=True)
+    if settings.still:
+        return flat.clamp(0, 1)
     turn = np.deg2rad(rng.uniform(-1, 1) * settings.rotate) * (rng.random() < 0.5)
     turned = np.array(
         [[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0]], np.float32
@@ -153,6 +163,10 @@ def augmented(exemplar: Tensor, side: int, rng: np.random.Generator, settings: S
         flat = TF.gaussian_blur(flat, [int(rng.choice(settings.kernels))] * 2)
     if rng.random() < 0.3:
         flat = _warped(flat, _bent(rng, settings.bend))
+        if settings.elastic:
+            flat = _warped(
+                flat, np.eye(2, 3, dtype=np.float32), _moves(side, rng, settings.elastic)
+            )
     return flat.clamp(0, 1)
 
 
@@ -165,12 +179,21 @@ def _bent(rng: np.random.Generator, reach: float) -> np.ndarray:
     return np.linalg.solve(np.column_stack([moved, np.ones(3)]), anchors).T.astype(np.float32)
 
 
-def _warped(picture: Tensor, matrix: np.ndarray) -> Tensor:
-    """A picture where each pixel shows what lies at `matrix` times its place, mirrored beyond the
-    borders.
+def _moves(side: int, rng: np.random.Generator, reach: float) -> np.ndarray:
+    """Smooth moves `side side 2` across and down, in coordinates of -1..1 (Simard et al. 2003)."""
+    loose = 2 * reach * rng.uniform(-1, 1, (2, side, side))
+    smooth = [gaussian_filter(moves, SMOOTH * side) for moves in loose]
+    return np.stack(smooth, -1).astype(np.float32)
+
+
+def _warped(picture: Tensor, matrix: np.ndarray, moves: np.ndarray | None = None) -> Tensor:
+    """A picture where each pixel shows what lies at `matrix` times its place, and `moves` from
+    there, mirrored beyond the borders.
     """
     theta = torch.from_numpy(np.ascontiguousarray(matrix))[None]
     grid = F.affine_grid(theta, [1, *picture.shape], align_corners=True)
+    if moves is not None:
+        grid = grid + torch.from_numpy(moves)
     return F.grid_sample(picture[None], grid, "bilinear", "reflection", align_corners=True)[0]
 
 

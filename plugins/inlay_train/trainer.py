@@ -63,11 +63,11 @@ def train(
     begun = run.resume() if resume else 0
     accelerator.init_trackers("tensorboard", config=_flat(asdict(recipe.cfg)))
     run.go(begun)
-    accelerator.end_training()
     if accelerator.is_main_process:
         with run.averaged():
             _publish(recipe, out / "model")
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # takes the processes' connection down
     return out / "model"
 
 
