@@ -18,15 +18,13 @@ from inlay_bench.report import Summary
 from inlay_config.images import save
 
 TOLD = ("instruct", "magicbrush", "erasedraw")
-BEGUN = tuple(
-    f"{name}@source_trajectory.seed=4@sdedit.strength=1" for name in ("instruct", "erasedraw")
-)
+BEGUN = "erasedraw@source_trajectory.seed=4@sdedit.strength=1"
 GIVEN = ("addit", "addit_sd")
 SHOWN = ("inclusion", "held_out", "affordance", "affordance_all", "contact", "clip_direction",
          "psnr", "lpips")  # fmt: skip
 COMPARED = ("inclusion", "affordance_all", "contact", "clip_direction", "psnr", "lpips")
 SHEET = {"input": "input", "instruct": "instruct", "magicbrush": "magicbrush",
-         "erasedraw": "erasedraw", "... begun": BEGUN[1], "Add-it": "addit"}  # fmt: skip
+         "erasedraw": "erasedraw", "begun from it": BEGUN, "Add-it": "addit"}  # fmt: skip
 
 ROWS = ("instruct", "sdedit_sd")
 COLUMNS = ("carried_out", "direction_fixed", "image_fixed", "direction_coded", "image_coded",
@@ -39,15 +37,14 @@ COLOURS = ((30, 90, 170), (180, 60, 40), (60, 140, 80))
 
 def insertion(args: Namespace) -> str:
     """Instructions on items of the insertion task, and how the pictures differ from Add-it's, from
-    each other's, and where they begin with noise over the picture, as the models were trained, in
-    place of noise alone."""
+    each other's, and from those that begin with noise over the picture, as in training, in place of
+    noise alone."""
     few = max(1, args.items // 8)
-    rows = (*TOLD, *BEGUN, *GIVEN)
+    rows = (*TOLD, BEGUN, *GIVEN)
     summary = comparison.evaluate("toybox-affordance", rows, few, "instructions")
     save(comparison.sheet(summary, SHEET), comparison.OUT / "instructions.png")
     pairs = [(ours, other) for other in GIVEN for ours in TOLD]
-    pairs += [(ours, "instruct") for ours in TOLD[1:]]
-    pairs += [(ours, ours.partition("@")[0]) for ours in BEGUN]
+    pairs += [*((ours, "instruct") for ours in TOLD[1:]), (BEGUN, "erasedraw")]
     lines = comparison.means(summary, {f"`{name}`": name for name in rows}, SHOWN)
     lines += ["", f"* The first {few} items.", "", "*Item by item*", ""]
     return "\n".join([*lines, *_differences(summary, pairs, COMPARED)])
