@@ -77,7 +77,8 @@ class MimicBrush(LatentDiffusion):
         self.tower, self.image_tokens = pipe.image_encoder, pipe.image_tokens
         self.unet, self.reference_unet = pipe.unet, pipe.reference_unet
         self.depth_guider = pipe.depth_guider
-        self.depths = depths.load(cfg.depth_model, "depth_model") if cfg.depth_model else None
+        model = cfg.depth_model
+        self.depths: Any = depths.load(model, "depth_model") if model else None
         self.flat = torch.zeros(1, 1, cfg.size, cfg.size)
         if self.depths:
             self.depth_network = self.depths[0]
