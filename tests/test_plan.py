@@ -368,6 +368,7 @@ PICTURED = {  # experiments that want pictures of the caller's
     "exemplar_toybox": ["input.image", "input.mask", "plugins.exemplar.image"],
     "exemplar_attention": ["input.image", "input.mask", "plugins.exemplar_attention.image"],
     "mimicbrush": ["input.image", "input.mask", "plugins.imitation.image"],
+    "mimicbrush_toybox": ["input.image", "input.mask", "plugins.imitation.image"],
     "blended_image_guided": ["plugins.clip_guidance.images"],
     "blended_piece": ["plugins.scribble.picture"],
 }

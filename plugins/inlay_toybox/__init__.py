@@ -16,6 +16,7 @@ MODELS: dict[str, str] = {
     "ddpm": "unconditional, over pixels, learned variance, DDPMPipeline layout, 64 px",
     "detector": "finds and masks the toybox's 32 classes",
     "paint-by-example": "fills a hole as an exemplar says, PaintByExamplePipeline layout, 64 px",
+    "mimicbrush": "fills a hole with what fits there of another picture, two U-Nets, 64 px",
     "sam2": "masks what is clicked or boxed, for the sam2 package's image predictor",
 }
 
