@@ -85,17 +85,16 @@ def imitated(items: list[ExemplarItem], folder: Path, reads: bool = True) -> Ten
     return conditioned.imitated(items, folder, reads=reads)
 
 
-STILL = ("pairs.rotate=0.0", "pairs.bend=0.0", "pairs.blur=0.0")
 WEAK = ("changes.reference.colour=0.0", "changes.reference.rotate=0.0",
         "changes.reference.scale=[1.0, 1.0]", "changes.reference.project=0.0")  # fmt: skip
 TABLES = (
     Table(
         "toybox_paint_by_example",
-        ("data.toybox=4000", "rank=0", "train.rate=1e-3", "train.steps=300"),
+        ("data.toybox=6000", "train.steps=1200"),
         (
             Row("paint", "Paint by Example"),
-            Row("copying", "all of CLIP's tokens, no augmentation but the mirror",
-                ("prompt=tokens", *STILL)),
+            Row("copying", "all of CLIP's tokens, no augmentation",
+                ("prompt=tokens", "pairs.still=true")),
             Row("no-prior", "from random weights", ("prior=false",), "paint"),
             Row("words", "the object's words in place of its picture", ("prompt=text",),
                 draw=partial(filled, told=True)),
@@ -108,8 +107,7 @@ TABLES = (
     ),
     Table(
         "toybox_mimicbrush",
-        ("data.toybox=2000", "data.single=0.3", "rank=0", "reference_rank=0",
-         "train_reference=false", "train.rate=1e-3", "train.steps=150"),
+        ("data.toybox=3000", "data.single=0.3", "train.steps=500"),
         (
             Row("mimic", "MimicBrush, three in ten of single scenes"),
             Row("plain-grids", "holes that do not care what both views show",

@@ -47,8 +47,8 @@ def test_the_wheel_holds_data_and_licences(site: Path) -> None:
     experiments = {p.relative_to(ROOT / "experiments") for p in ROOT.glob("experiments/**/*.yaml")}
     shipped = site / "inlay_config" / "experiments"
     assert {p.relative_to(shipped) for p in shipped.rglob("*.yaml")} == experiments
-    for model in ("flux", "sd"):
-        assert (site / f"inlay_toybox/models/{model}/vae/config.json").is_file()
+    for model in ("flux/vae", "sd/unet", "mimicbrush/unet"):
+        assert (site / f"inlay_toybox/models/{model}/config.json").is_file()
     (info,) = site.glob("inlay-*.dist-info")
     assert {p.name for p in (info / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
     scripts = (info / "entry_points.txt").read_text()

@@ -19,7 +19,7 @@ from inlay_config import config
 from inlay_toybox.detector import Detector
 from inlay_toybox.quality.exemplars import exemplar_items
 
-CAPS = {"paint-by-example": 1.1, "mimicbrush": 1.6}
+CAPS = {"paint-by-example": 1.6, "mimicbrush": 1.6}
 PLUGINS = {"paint-by-example": "exemplar", "mimicbrush": "imitation"}
 EXPERIMENTS = {"paint-by-example": "exemplar_toybox", "mimicbrush": "mimicbrush_toybox"}
 ITEMS, STEPS = 6, 8

@@ -66,7 +66,7 @@ def encode(
     for first in range(0, len(data), chunk):
         drawn = list[Sample]()
         for index in range(first, min(first + chunk, len(data))):
-            drawn.append(_row(data, index, broken))
+            drawn.append(row(data, index, broken))
         parts.append({k: v.half().cpu() for k, v in encoder(default_collate(drawn)).items()})
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def encode(
     return Encoded(rows, broken)
 
 
-def _row(data: Data, index: int, broken: dict[int, str]) -> Sample:
+def row(data: Data, index: int, broken: dict[int, str]) -> Sample:
     """A row, or in place of a broken one, which is noted, the next that can be drawn."""
     for further in range(len(data)):
         at = (index + further) % len(data)

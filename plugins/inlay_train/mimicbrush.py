@@ -45,7 +45,8 @@ class MimicBrush(LatentDiffusion):
     @dataclass
     class Config(LatentDiffusion.Config):
         """model: a Stable Diffusion to begin with, or a MimicBrush to go on from. inpainting: of
-        which model the imitative U-Net begins as a copy, one that fills holes (None: of `model`).
+        which model the imitative U-Net begins as a copy, one that fills holes (None: of `model`);
+        if it is a Paint by Example, the projection begins near the prompts that this U-Net knows.
         clip: whose vision tower reads the reference, where `model` brings none. changes, masks: of
         the views. depth: channels of the depth; depth_widths: of the layers before; depth_model: of
         transformers, by name or folder, for photographs (None: theirs is 0). drop_depth,
@@ -92,6 +93,24 @@ class MimicBrush(LatentDiffusion):
         freeze(unread_tower(self.tower))
         fast_backward(self.unet, fused=readers(self.unet))
         fast_backward(self.reference_unet)
+        if cfg.inpainting and (painter := exemplar_encoder(cfg.inpainting)) is not None:
+            self._begin_projection(painter)
+
+    @torch.no_grad()
+    def _begin_projection(self, painter: Any, pictures: int = 256) -> None:
+        """The projection as the linear map that brings every token of a reference nearest, in
+        squares, to the one token a Paint by Example makes of it: a fresh one's tokens may be
+        many times larger than any prompt that its U-Net has seen, whose attention they saturate."""
+        views = Views(self.cfg.data, self.cfg.size, self.cfg.masks, self.cfg.changes)
+        drawn = [encoded.row(views, i, {}) for i in range(min(pictures, len(views)))]
+        shown = torch.stack([row["reference"] for row in drawn])
+        hidden = torch.cat([self._hidden(part) for part in shown.split(32)])
+        wanted = torch.cat([painter(self._normal(part)) for part in shown.split(32)])
+        wanted = wanted.expand(-1, hidden.shape[1], -1).flatten(0, 1).double()
+        given = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0).double()
+        map = torch.linalg.lstsq(given, wanted, driver="gelsd").solution.T.float()
+        self.image_tokens.proj.weight.copy_(map[:, :-1])
+        self.image_tokens.proj.bias.copy_(map[:, -1])
 
     def data(self, out: Path) -> Data:
         cfg = self.cfg
@@ -132,13 +151,17 @@ class MimicBrush(LatentDiffusion):
 
     def _hidden(self, pictures: Tensor) -> Tensor:
         """CLIP's penultimate hidden states `b t d` of pictures in 0..1."""
+        shown = self._normal(pictures)
+        states: Tensor = self.tower(shown, output_hidden_states=True).hidden_states[-2]
+        return states
+
+    def _normal(self, pictures: Tensor) -> Tensor:
+        """Pictures `b 3 s s` in 0..1 as CLIP gets them."""
         side = self.tower.config.image_size
         if pictures.shape[-1] != side:
             scaled = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True)
             pictures = scaled.clamp(0, 1)
-        shown = normalised(pictures, self.pipe.feature_extractor)
-        states: Tensor = self.tower(shown, output_hidden_states=True).hidden_states[-2]
-        return states
+        return normalised(pictures, self.pipe.feature_extractor)
 
     def forward(self, batch: Sample) -> Tensor:
         cfg, batch = self.cfg, _ordered(batch, self.cfg.drop_reference)
@@ -217,14 +240,25 @@ def hole_filler(name: str, channels: int) -> Any:
     if (taken := unet.config.in_channels) != 2 * channels + 1:
         problem = f"its U-Net takes {taken} channels, not {2 * channels + 1}"
         raise ModelError(problem, where=name, fix="Name an inpainting model, or none.")
-    index = Path(folder) / "model_index.json"
-    if index.is_file() and "PaintByExample" in index.read_text(encoding="utf-8"):
+    if paints_by_example(folder):
         seen = unet.conv_in
         with torch.no_grad():
             z, around, kept = seen.weight.split([channels, channels, 1], 1)
             seen.bias += kept.sum((1, 2, 3))
             seen.weight.copy_(torch.cat([z, -kept, around], 1))
     return unet
+
+
+def paints_by_example(folder: str | Path) -> bool:
+    """Whether a folder holds a Paint by Example."""
+    index = Path(folder) / "model_index.json"
+    return index.is_file() and "PaintByExample" in index.read_text(encoding="utf-8")
+
+
+def exemplar_encoder(name: str) -> Any:
+    """What makes the prompt `b 1 d` of a Paint by Example of a picture; None of another model."""
+    folder = registry.resolve_model(name)
+    return pipeline(str(folder)).image_encoder if paints_by_example(folder) else None
 
 
 def unread(unet: Any) -> list[Any]:
