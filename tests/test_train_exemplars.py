@@ -459,6 +459,23 @@ def test_the_imitative_u_net_may_begin_as_one_that_fills_holes(base, clip, tmp_p
         mimicbrush.hole_filler(str(base), 4)
 
 
+@torch.no_grad()
+def test_the_projection_begins_near_the_prompts_that_the_u_net_knows(base, clip, tmp_path):
+    """No other linear map is nearer, in squares, to what a Paint by Example makes of the same."""
+    models.paint_by_example().save_pretrained(tmp_path / "painter")
+    recipe = mimic(base, clip, f"inpainting={tmp_path / 'painter'}", "data.toybox=24")
+    rows = recipe.data(None)
+    shown = torch.stack([encoded.row(rows, i, {})["reference"] for i in range(24)])
+    tokens = recipe.image_tokens(recipe._hidden(shown))
+    wanted = mimicbrush.exemplar_prompts(str(tmp_path / "painter"))(shown)
+    off = tokens - wanted
+    assert off.mean((0, 1)).abs().max() < 1e-3 * wanted.abs().max()
+    assert off.square().mean() < 1.001 * (wanted - wanted.mean(0)).square().mean()
+    fresh = mimic(base, clip, "data.toybox=24").image_tokens(recipe._hidden(shown))
+    assert off.square().mean() < 0.5 * (fresh - wanted).square().mean()
+    assert mimicbrush.exemplar_prompts(str(base)) is None
+
+
 def test_a_reference_u_net_that_is_not_trained_stays_as_it_is(base, clip):
     recipe = mimic(base, clip, "train_reference=false")
     assert not [name for name in recipe.trained() if name.startswith("reference_unet")]

@@ -10,6 +10,7 @@ what it leaves open is said where it is set.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from inlay_train.latent_diffusion import (
 )
 from inlay_train.recipe import Data, Sample, freeze
 from inlay_train.views import Changes, Masking, Sources, Views
+
+Prompts = Callable[[Tensor], Tensor]
+"""Pictures `b 3 s s` in 0..1 -> the prompt of each, `b 1 d`."""
 
 
 class MimicBrush(LatentDiffusion):
@@ -93,11 +97,11 @@ class MimicBrush(LatentDiffusion):
         freeze(unread_tower(self.tower))
         fast_backward(self.unet, fused=readers(self.unet))
         fast_backward(self.reference_unet)
-        if cfg.inpainting and (painter := exemplar_encoder(cfg.inpainting)) is not None:
-            self._begin_projection(painter)
+        if cfg.inpainting and (prompted := exemplar_prompts(cfg.inpainting)):
+            self._begin_projection(prompted)
 
     @torch.no_grad()
-    def _begin_projection(self, painter: Any, pictures: int = 256) -> None:
+    def _begin_projection(self, prompted: Prompts, pictures: int = 256) -> None:
         """The projection as the linear map that brings every token of a reference nearest, in
         squares, to the one token a Paint by Example makes of it: a fresh one's tokens may be
         many times larger than any prompt that its U-Net has seen, whose attention they saturate."""
@@ -105,12 +109,12 @@ class MimicBrush(LatentDiffusion):
         drawn = [encoded.row(views, i, {}) for i in range(min(pictures, len(views)))]
         shown = torch.stack([row["reference"] for row in drawn])
         hidden = torch.cat([self._hidden(part) for part in shown.split(32)])
-        wanted = torch.cat([painter(self._normal(part)) for part in shown.split(32)])
+        wanted = torch.cat([prompted(part) for part in shown.split(32)])
         wanted = wanted.expand(-1, hidden.shape[1], -1).flatten(0, 1).double()
         given = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0).double()
-        map = torch.linalg.lstsq(given, wanted, driver="gelsd").solution.T.float()
-        self.image_tokens.proj.weight.copy_(map[:, :-1])
-        self.image_tokens.proj.bias.copy_(map[:, -1])
+        fitted = torch.linalg.lstsq(given, wanted, driver="gelsd").solution.T.float()
+        self.image_tokens.proj.weight.copy_(fitted[:, :-1])
+        self.image_tokens.proj.bias.copy_(fitted[:, -1])
 
     def data(self, out: Path) -> Data:
         cfg = self.cfg
@@ -151,17 +155,9 @@ class MimicBrush(LatentDiffusion):
 
     def _hidden(self, pictures: Tensor) -> Tensor:
         """CLIP's penultimate hidden states `b t d` of pictures in 0..1."""
-        shown = self._normal(pictures)
+        shown = sized(pictures, self.tower.config.image_size, self.pipe.feature_extractor)
         states: Tensor = self.tower(shown, output_hidden_states=True).hidden_states[-2]
         return states
-
-    def _normal(self, pictures: Tensor) -> Tensor:
-        """Pictures `b 3 s s` in 0..1 as CLIP gets them."""
-        side = self.tower.config.image_size
-        if pictures.shape[-1] != side:
-            scaled = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True)
-            pictures = scaled.clamp(0, 1)
-        return normalised(pictures, self.pipe.feature_extractor)
 
     def forward(self, batch: Sample) -> Tensor:
         cfg, batch = self.cfg, _ordered(batch, self.cfg.drop_reference)
@@ -255,10 +251,22 @@ def paints_by_example(folder: str | Path) -> bool:
     return index.is_file() and "PaintByExample" in index.read_text(encoding="utf-8")
 
 
-def exemplar_encoder(name: str) -> Any:
-    """What makes the prompt `b 1 d` of a Paint by Example of a picture; None of another model."""
+def exemplar_prompts(name: str) -> Prompts | None:
+    """What makes the prompts of a Paint by Example; None of another model."""
     folder = registry.resolve_model(name)
-    return pipeline(str(folder)).image_encoder if paints_by_example(folder) else None
+    if not paints_by_example(folder):
+        return None
+    pipe = pipeline(str(folder))
+    encoder, side = pipe.image_encoder, pipe.image_encoder.config.image_size
+    return lambda pictures: encoder(sized(pictures, side, pipe.feature_extractor))
+
+
+def sized(pictures: Tensor, side: int, processor: Any) -> Tensor:
+    """Pictures `b 3 s s` in 0..1 as a CLIP of that side gets them."""
+    if pictures.shape[-1] != side:
+        scaled = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True)
+        pictures = scaled.clamp(0, 1)
+    return normalised(pictures, processor)
 
 
 def unread(unet: Any) -> list[Any]:
