@@ -287,7 +287,7 @@ def null_text(made, without):
 
 
 def letterbox(made, without):
-    assert made.board["box:letterbox"] == (0, 0, *made.board["image:source"].shape[:-3:-1])
+    assert made.board["box:picture"] == (0, 0, *made.board["image:source"].shape[:-3:-1])
     assert torch.equal(made.board["image:source"], without.board["image:source"])
     assert torch.equal(made.picture, without.picture)
 
@@ -317,7 +317,7 @@ CASES = {
         "a picture of the frame's shape fills it, and no bit of the picture changes",
         letterbox,
         draws=False,
-        board=("box:letterbox",),
+        board=("box:picture",),
     ),
     "source_trajectory": Case(
         "at every step the lane `source` is the source picture at that step's noise level",

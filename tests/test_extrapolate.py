@@ -47,6 +47,8 @@ def test_what_was_there_stays_and_the_window_shows_the_border(side):
     CASES["extrapolate"].holds(made, None)
     window = result.board["image:source"]
     assert window.shape[-2:] == (16, 16)
+    boxes = {"left": (8, 0, 16, 16), "right": (0, 0, 8, 16), "top": (0, 8, 16, 16)}
+    assert result.board["box:picture"] == boxes.get(side, (0, 0, 16, 8))
     if side == "right":  # what is new mirrors what is there
         seen = torch.cat([PICTURE[..., 14:], PICTURE[..., 14:].flip(-1)], -1)
         size = {"size": (16, 16), "mode": "bicubic", "antialias": True}
@@ -60,6 +62,7 @@ def test_a_picture_that_is_narrower_than_the_rest_of_the_window_is_seen_whole():
     assert result.images["edit"].shape[-2:] == (20, 20)
     far, _ = grown(PICTURE[..., :4], side="right")
     assert far.images["edit"].shape[-2:] == (12, 12)
+    assert far.board["box:picture"] == (0, 0, 5, 16)
     assert torch.equal(far.images["edit"][..., :4], PICTURE[..., :4].expand(2, -1, -1, -1))
 
 
@@ -92,6 +95,8 @@ def test_what_cannot_be_is_refused():
             grown(share=share)
     with pytest.raises(ConfigError, match=r"plugins\.extrapolate"):
         grown(side="up")
+    with pytest.raises(PlanConflict, match="'box:picture' is published by extrapolate and by"):
+        grown(beside={"letterbox": {}})
     listed = {"source_trajectory": {}, "extrapolate": {}}
     with pytest.raises(PlanConflict, match="Put extrapolate above source_trajectory"):
         Session(pixel(), listed).run("a cow", PICTURE, steps=1)

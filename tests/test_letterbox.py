@@ -53,7 +53,7 @@ def seen():
     kept = {}
 
     def prepare(run):
-        kept.update({k: run.board[k] for k in ("image:source", "mask:user", "box:letterbox")})
+        kept.update({k: run.board[k] for k in ("image:source", "mask:user", "box:picture")})
 
     return kept, plugin(prepare=prepare)
 
@@ -64,7 +64,7 @@ def test_in_the_frame_the_picture_keeps_its_ratio_and_its_border_fills_the_bars(
     session = inlay.Session(flux(), {"letterbox": {}, "source_trajectory": {}, "spy": spy})
     given = {"image": to_pil(picture)[0], "mask": to_pil(mask)[0]}
     made = session.run(PROMPT, **given, steps=STEPS, conds=conds(), size=32)
-    assert kept["box:letterbox"] == (0, 12, 32, 20)
+    assert kept["box:picture"] == (0, 12, 32, 20)
     frame = kept["image:source"]
     wanted = masks.resize_bicubic(made.board["image:original"], (8, 32))
     torch.testing.assert_close(frame[..., 12:20, :], wanted)

@@ -19,8 +19,9 @@ from inlay_plugins import masks
 class Extrapolate(Plugin):
     """Stands before all that look at the picture. Replaces `image:source` by the window, and at the
     end the edit by the whole picture with what is new; the pixels that were there stay, bit for
-    bit. Publishes `mask:new`, 1 = what is to be drawn, at last of the whole picture. Where no
-    picture was given all is new.
+    bit. Publishes `mask:new`, 1 = what is to be drawn, at last of the whole picture, and
+    `box:picture`: left, top, right, bottom of what was there in the window, in pixels of the run.
+    Where no picture was given all is new.
     """
 
     before = ("source_trajectory", "sdedit", "region", "latent_blend", "paste_back", "rank")
@@ -42,6 +43,8 @@ class Extrapolate(Plugin):
             raise ConfigError(f"{self.cfg.share} is no share", where=where, fix="Use 0.5.")
         self.acts = "image:original" in need.request.inputs
         need.publish("mask:new")
+        if self.acts:
+            need.publish("box:picture")
 
     @hookimpl
     def inlay_prepare(self, run: Run) -> None:
@@ -61,6 +64,7 @@ class Extrapolate(Plugin):
         self.fresh = torch.zeros_like(self.canvas[:, :1])
         self.fresh.narrow(self.axis, 0 if first else known, new).fill_(1)
         self.window = (0 if first else known + new - length, length)
+        run.board["box:picture"] = self._kept(new if first else 0, known, run.size)
         run.board["image:original"] = self.canvas
         like, mask = run.board["image:source"], self._seen(self.fresh)
         run.board["image:source"] = masks.resize_bicubic(self._seen(self.canvas), run.size).to(like)
@@ -76,6 +80,14 @@ class Extrapolate(Plugin):
         fresh = self._seen(self.fresh) > 0
         self._seen(whole).copy_(torch.where(fresh, drawn, self._seen(whole)))
         result.images["edit"], run.board["mask:new"] = whole, self.fresh
+
+    def _kept(self, start: int, known: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The box, in a window of `size`, of what lies from `start` on in the canvas."""
+        begin, length = self.window
+        scale = size[self.axis] / length
+        low = round(max(start - begin, 0) * scale)
+        high = round(min(start + known - begin, length) * scale)
+        return (low, 0, high, size[0]) if self.axis == -1 else (0, low, size[1], high)
 
     def _seen(self, canvas: Tensor) -> Tensor:
         """The window of `b c h w`, in place."""

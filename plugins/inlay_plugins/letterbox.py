@@ -20,7 +20,7 @@ from inlay_plugins import masks
 
 class Letterbox(Plugin):
     """Stands before all that look at the picture. Replaces `image:source` and `mask:user` at the
-    start; at the end cuts the frame off pictures, masks and maps. Publishes `box:letterbox`: left,
+    start; at the end cuts the frame off pictures, masks and maps. Publishes `box:picture`: left,
     top, right, bottom of the picture in the frame, in pixels. Acts when a picture was given.
     """
 
@@ -43,7 +43,7 @@ class Letterbox(Plugin):
     def inlay_declare(self, need: Needs) -> None:
         self.acts = "image:original" in need.request.inputs
         if self.acts:
-            need.publish("box:letterbox")
+            need.publish("box:picture")
 
     @hookimpl
     def inlay_prepare(self, run: Run) -> None:
@@ -52,7 +52,7 @@ class Letterbox(Plugin):
         original, (height, width) = run.board["image:original"], run.size
         self.box = left, top, right, bottom = masks.inside(original.shape[-2:], run.size)
         tall, wide = bottom - top, right - left
-        run.board["box:letterbox"] = self.box
+        run.board["box:picture"] = self.box
         plain = self.cfg.resize == "plain"
         if (tall, wide) == (height, width) and not plain:
             return
