@@ -50,7 +50,8 @@ BY_WORDS = {
 BESIDE = ((MIMIC, PAINT), *((PAINT, other) for other in (*SLOWER, *BY_WORDS, *PASTED)))
 MEASURED = ("exemplar-identity", "texture", "region-clip", "copied", "around-object")
 IDENTITY = ("identity", "colour", "likeness", "texture", "region_clip", "copied", "psnr_around")
-TRUTH = ("psnr_true", "ssim_true", "lpips_true")
+TRUTH = ("likeness", "texture", "psnr_true", "ssim_true", "lpips_true")
+RIGHT = ("exemplar-identity", "texture", "true-region", "true-region-lpips")
 PICTURES = comparison.ROOT / "docs" / "pictures"
 SHOWN = 8  # items of the sheet
 
@@ -145,7 +146,7 @@ def _read(files: Sequence[Path]) -> Tensor:
 def imitating(args: Namespace) -> str:
     """Half an object, or its colour, by a reference: against the one right picture."""
     few = max(4, args.items // 5)
-    bench = Bench("toybox-imitation", few, ("true-region", "true-region-lpips"))
+    bench = Bench("toybox-imitation", few, RIGHT)
     inputs, truth = (
         torch.from_numpy(np.stack([np.array(part) for part in parts])).permute(0, 3, 1, 2) / 255
         for parts in ([i.picture for i in bench.items], [i.truth for i in bench.items])

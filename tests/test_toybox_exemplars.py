@@ -17,6 +17,7 @@ import inlay
 import inlay_toybox
 from inlay_config import config
 from inlay_toybox.detector import Detector
+from inlay_toybox.quality import conditioned
 from inlay_toybox.quality.exemplars import exemplar_items
 
 CAPS = {"paint-by-example": 1.6, "mimicbrush": 1.6}
@@ -100,3 +101,19 @@ def test_it_runs_from_its_experiment_and_listens_to_the_exemplar(name, tmp_path)
     changed, other = (drawn[0] - picture).abs().mean(1)[0], (drawn[0] - drawn[1]).abs().mean(1)[0]
     assert changed[~hole].mean() < 0.01 and changed[hole].mean() > 0.05
     assert other[hole].mean() > 0.03
+
+
+def test_figures_of_mimicbrush_are_of_what_the_plugin_draws(tmp_path, monkeypatch):
+    """Tables draw it in batches, and Paint by Example by the stock pipeline."""
+    (item,) = exemplar_items(1, seed=1)
+    assert item.exemplar.width != item.exemplar.height
+    monkeypatch.setattr(conditioned, "STEPS", 4)
+    drawn = conditioned.imitated([item])
+    item.exemplar.save(shown := tmp_path / "shown.png")
+    session = inlay.Session("toybox/mimicbrush", {"imitation": {"image": str(shown)}})
+    generator = torch.Generator().manual_seed(0)
+    noise = {"edit": torch.randn(1, 8, 16, 16, generator=generator)}
+    asked = {"image": item.picture, "mask": Image.fromarray(item.region), "noise": noise}
+    made = session.run(steps=4, guidance=3.0, **asked).images["edit"]
+    hole = torch.from_numpy(item.region)
+    assert (made - drawn)[..., hole].abs().max() < 1e-3

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
+from inlay_config.images import to_pil
+from inlay_plugins import masks
 from inlay_toybox import edits, path, world
 from inlay_toybox.detector import Detector
 from inlay_toybox.quality.exemplars import (
@@ -152,14 +154,11 @@ def imitated(
     for first in range(0, len(items), BATCH):
         part = items[first : first + BATCH]
         pictures, holes = _stacked([item.picture for item in part]), _holes(part)
-        squares = [
-            ImageOps.pad(item.exemplar, (max(item.exemplar.size),) * 2, color="white")
-            for item in part
-        ]
-        shown = [square.resize((64, 64), Image.Resampling.BICUBIC) for square in squares]
+        shown = torch.cat([_framed(item, 64) for item in part])
+        squares = [to_pil(_framed(item, max(item.exemplar.size)))[0] for item in part]
         clean, around = (
             scale * pipe.vae.encode(2 * x - 1).latent_dist.mode()
-            for x in (_stacked(shown), pictures * (1 - holes))
+            for x in (shown, pictures * (1 - holes))
         )
         grid = around.shape[-2:]
         given = [F.interpolate(holes, grid), around]
@@ -179,6 +178,11 @@ def imitated(
         made = pipe.vae.decode(z / scale).sample / 2 + 0.5
         drawn.append(torch.where(holes > 0, made.clamp(0, 1), pictures))
     return torch.cat(drawn)
+
+
+def _framed(item: ExemplarItem, side: int) -> torch.Tensor:
+    """A reference `1 3 side side` in a white square, as the plugin puts it there."""
+    return masks.frame(_stacked([item.exemplar]), (side, side))
 
 
 def _tokens(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
