@@ -107,7 +107,8 @@ TABLES = (
     ),
     Table(
         "toybox_mimicbrush",
-        ("data.toybox=3000", "data.single=0.3", "train.steps=500"),
+        ("data.toybox=3000", "data.single=0.3", "data.objects=0.5", "data.zoom=0.6",
+         "train.steps=500"),
         (
             Row("mimic", "MimicBrush, three in ten of single scenes"),
             Row("plain-grids", "holes that do not care what both views show",
