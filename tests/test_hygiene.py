@@ -42,7 +42,7 @@ def test_the_core_stays_small() -> None:
     core = ROOT / "core" / "inlay"
     counted = {p.name: lines(p) for p in sorted(core.glob("*.py"))}
     print(sum(counted.values()), counted)
-    assert sum(counted.values()) <= 1500, counted
+    assert sum(counted.values()) < 1500, counted
     attention = {p.name: lines(p) for p in (ROOT / "core" / "inlay_attention").glob("*.py")}
     assert sum(attention.values()) <= 1150, attention
     families = {p.name: lines(p) for p in (core / "backbones").glob("*.py")}

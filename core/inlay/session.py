@@ -118,8 +118,7 @@ class Session:
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
         model, self.folder, self.skip_dead_rows = str(pipe), "", skip_dead_rows
-        self.store = store
-        self.tracer = tracer or Tracer.asked_for()
+        self.store, self.tracer = store, tracer or Tracer.asked_for()
         if isinstance(pipe, str | Path):
             self.folder = registry.resolve_model(model)
             pipe = backbones.load(self.folder, dtype, device, offload, revision)
