@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 import models
+from inlay_toybox import imitation, world
 
 WIDTH, TOKENS = 16, 32
 
@@ -142,3 +144,29 @@ def save_depth_anything(folder: Path) -> tuple[Path, DepthAnythingForDepthEstima
     sides = {"size": {"height": 28, "width": 28}}
     DPTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3, **sides).save_pretrained(folder)
     return folder, network.eval()
+
+
+def save_photos(root: Path) -> Path:
+    """Scenes in two clips, one torn, and alone; boxes as COCO and Open Images write them."""
+    rows, things = [], []
+    for i in range(4):
+        views = imitation.views(i + 2)
+        clip = root / f"clip{i % 2}"
+        clip.mkdir(exist_ok=True)
+        for scene, name in ((views.source, "a"), (views.reference, "b")):
+            Image.fromarray(world.render(scene, 32).image).save(clip / f"{i}{name}.png")
+        drawn = world.render(views.source, 48)
+        Image.fromarray(drawn.image).save(root / f"{i}.jpg")
+        left, top, right, bottom = (float(side) for side in drawn.boxes[0])
+        rows.append({"id": i, "file_name": f"{i}.jpg", "width": 48, "height": 48})
+        box = [left, top, right - left, bottom - top]
+        things.append({"image_id": i, "bbox": box, "iscrowd": 0})
+    (root / "2.jpg").write_bytes((root / "2.jpg").read_bytes()[:90])
+    things += [{"image_id": 0, "bbox": [0, 0, 48, 48], "iscrowd": 0}]
+    things += [{"image_id": 1, "bbox": [0, 0, 24, 24], "iscrowd": 1}]
+    held = {"images": rows, "annotations": things}
+    (root / "instances.json").write_text(json.dumps(held))
+    lines = ["ImageID,XMin,XMax,YMin,YMax,IsGroupOf,IsDepiction"]
+    lines += ["0,0.1,0.6,0.2,0.7,0,0", "0,0.1,0.6,0.2,0.7,1,0", "1,0.0,0.1,0.0,0.1,0,0"]
+    (root / "boxes.csv").write_text("\n".join(lines))
+    return root
