@@ -172,7 +172,7 @@ def _whole(
     """The hole `1 s s` of an object: its silhouette, or a box around all that it changes."""
     from inlay_toybox import world
 
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         return torch.from_numpy(body).float()[None]
     box = world.boxes_of(footprint[None])[0]
     left, top, right, bottom = _box(box, len(body), rng)
