@@ -18,6 +18,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionModel,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
@@ -144,6 +145,15 @@ def save_depth_anything(folder: Path) -> tuple[Path, DepthAnythingForDepthEstima
     sides = {"size": {"height": 28, "width": 28}}
     DPTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3, **sides).save_pretrained(folder)
     return folder, network.eval()
+
+
+def save_vision_tower(folder: Path) -> Path:
+    """CLIP's, as wide as a Stable Diffusion's prompts."""
+    torch.manual_seed(2)
+    CLIPVisionModel(models.mimicbrush().image_encoder.config).save_pretrained(folder)
+    sides = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    CLIPImageProcessor(**sides).save_pretrained(folder)
+    return folder
 
 
 def save_photos(root: Path) -> Path:

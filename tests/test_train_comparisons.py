@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionModel
 
 import folders
 import inlay
-import models
 from inlay.backbones.mimicbrush_forward import imitate, reference
 from inlay_config.errors import ConfigError
 from inlay_toybox.classes import BY_NAME
@@ -31,12 +29,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(2)
-    CLIPVisionModel(models.mimicbrush().image_encoder.config).save_pretrained(folder)
-    sides = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
-    CLIPImageProcessor(**sides).save_pretrained(folder)
-    return folder
+    return folders.save_vision_tower(tmp_path_factory.mktemp("clip"))
 
 
 def paint(base, clip, *words):

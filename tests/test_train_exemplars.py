@@ -9,7 +9,7 @@ from diffusers import PaintByExamplePipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch.nn import functional as F
-from transformers import CLIPImageProcessor, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 import folders
 import models
@@ -28,14 +28,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A vision tower, as wide as the base's prompts."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(2)
-    CLIPVisionModel(models.mimicbrush().image_encoder.config).save_pretrained(folder)
-    CLIPImageProcessor(
-        crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32}
-    ).save_pretrained(folder)
-    return folder
+    return folders.save_vision_tower(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
