@@ -42,12 +42,15 @@ PASTED = {
     "paste": "paste",
     TRUE: "twin",
 }
-SLOWER = {"Blended Diffusion (image)": IMAGE, "exemplar attention, untrained": "exemplar_attention"}
+UNTRAINED = {
+    "Blended Diffusion (image)": IMAGE,
+    "exemplar attention, untrained": "exemplar_attention",
+}
 BY_WORDS = {
     "Blended Diffusion (text)": f"blended_diffusion{GUIDED}",
     "inpainting (text)": "blended/inpaint",
 }
-BESIDE = ((MIMIC, PAINT), *((PAINT, other) for other in (*SLOWER, *BY_WORDS, *PASTED)))
+BESIDE = ((MIMIC, PAINT), *((PAINT, other) for other in (*UNTRAINED, *BY_WORDS, *PASTED)))
 MEASURED = ("exemplar-identity", "texture", "region-clip", "copied", "around-object")
 IDENTITY = ("identity", "colour", "likeness", "texture", "region_clip", "copied", "psnr_around")
 TRUTH = ("likeness", "texture", "psnr_true", "ssim_true", "lpips_true")
@@ -75,8 +78,8 @@ def painted(bench: Bench, scale: float, seed: int, n: int) -> Tensor:
 
 
 def filling(args: Namespace) -> str:
-    """The models beside pasting the object, which knows its outline in the exemplar, and, over
-    fewer items, beside methods without training."""
+    """The models beside pasting the object, which knows its outline in the exemplar, and beside
+    methods without training."""
     few = max(4, args.items * 2 // 5)
     task = replace(tasks.load("toybox-exemplar"), sets=[])
     told = replace(task, name=f"{task.name}-by-words", given={"mask": ["mask"]},
@@ -84,12 +87,8 @@ def filling(args: Namespace) -> str:
     bench = Bench(task.name, few, MEASURED)
     drawn = trained(bench, few)
     rows = {label: bench.numbers(pictures) for label, pictures in drawn.items()}
-    for asked, group, n in (
-        (task, SLOWER, few // 4),
-        (told, BY_WORDS, few // 2),
-        (task, PASTED, few),
-    ):
-        done = comparison.evaluate(asked, list(group.values()), n).evaluation
+    for asked, group in ((task, UNTRAINED), (told, BY_WORDS), (task, PASTED)):
+        done = comparison.evaluate(asked, list(group.values()), few).evaluation
         for label, said in group.items():
             name = methods.name_of(said)
             rows[label] = {key: report.column_of(done, name, key) for key in IDENTITY}
