@@ -202,10 +202,11 @@ def test_the_imitative_u_net_may_begin_as_one_that_fills_holes(base, clip, tmp_p
     painter.unet.save_pretrained(plain / "unet")
     (plain / "model_index.json").write_text("{}")
     for folder, same in ((tmp_path / "painter", True), (plain, False)):
-        conv = mimicbrush.hole_filler(str(folder), 4).conv_in
+        conv = mimicbrush.hole_filler(str(folder), 4)[0].conv_in
         made = conv(torch.cat([z, hole, around], 1))
         inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
         assert torch.allclose(made[inner], wanted[inner], atol=1e-5) is same
+        assert (mimicbrush.hole_filler(str(folder), 4)[1] is not None) is same
     with pytest.raises(ModelError, match="takes 4 channels, not 9"):
         mimicbrush.hole_filler(str(base), 4)
 
@@ -217,14 +218,18 @@ def test_the_projection_begins_near_the_prompts_that_the_u_net_knows(base, clip,
     recipe = mimic(base, clip, f"inpainting={tmp_path / 'painter'}", "data.toybox=24")
     rows = recipe.data(None)
     shown = torch.stack([encoded.row(rows, i, {})["reference"] for i in range(24)])
-    tokens = recipe.image_tokens(recipe._hidden(shown))
-    wanted = mimicbrush.exemplar_prompts(str(tmp_path / "painter"))(shown)
+    hidden = mimicbrush.hidden_of(recipe.pipe, shown)
+    tokens = recipe.image_tokens(hidden)
+    wanted = mimicbrush.hole_filler(str(tmp_path / "painter"), 4)[1](shown)
     off = tokens - wanted
     assert off.mean((0, 1)).abs().max() < 1e-3 * wanted.abs().max()
     assert off.square().mean() < 1.001 * (wanted - wanted.mean(0)).square().mean()
-    fresh = mimic(base, clip, "data.toybox=24").image_tokens(recipe._hidden(shown))
+    fresh = mimic(base, clip, "data.toybox=24").image_tokens(hidden)
     assert off.square().mean() < 0.5 * (fresh - wanted).square().mean()
-    assert mimicbrush.exemplar_prompts(str(base)) is None
+    recipe.save(tmp_path / "made")
+    later = mimic(tmp_path / "made", clip, f"inpainting={tmp_path / 'painter'}", "data.toybox=8")
+    for name, weight in later.image_tokens.state_dict().items():  # who goes on begins nothing anew
+        assert torch.equal(weight, recipe.image_tokens.state_dict()[name])
 
 
 def test_a_reference_u_net_that_is_not_trained_stays_as_it_is(base, clip):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +97,6 @@ class MimicBrush(LatentDiffusion):
         freeze(unread_tower(self.tower))
         fast_backward(self.unet, fused=readers(self.unet))
         fast_backward(self.reference_unet)
-        if cfg.inpainting and (prompted := exemplar_prompts(cfg.inpainting)):
-            self._begin_projection(prompted)
-
-    @torch.no_grad()
-    def _begin_projection(self, prompted: Prompts, pictures: int = 256) -> None:
-        """The projection as the linear map that brings every token of a reference nearest, in
-        squares, to the one token a Paint by Example makes of it: a fresh one's tokens may be
-        many times larger than any prompt that its U-Net has seen, whose attention they saturate."""
-        views = Views(self.cfg.data, self.cfg.size, self.cfg.masks, self.cfg.changes)
-        drawn = [encoded.row(views, i, {}) for i in range(min(pictures, len(views)))]
-        shown = torch.stack([row["reference"] for row in drawn])
-        hidden = torch.cat([self._hidden(part) for part in shown.split(32)])
-        wanted = torch.cat([prompted(part) for part in shown.split(32)])
-        wanted = wanted.expand(-1, hidden.shape[1], -1).flatten(0, 1).double()
-        given = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0).double()
-        fitted = torch.linalg.lstsq(given, wanted, driver="gelsd").solution.T.float()
-        self.image_tokens.proj.weight.copy_(fitted[:, :-1])
-        self.image_tokens.proj.bias.copy_(fitted[:, -1])
 
     def data(self, out: Path) -> Data:
         cfg = self.cfg
@@ -137,7 +119,7 @@ class MimicBrush(LatentDiffusion):
         pictures = {"clean": source, "around": source * (1 - mask), "shown": batch["reference"]}
         latents = {name: self.posterior(2 * shown - 1) for name, shown in pictures.items()}
         further = {"mask": mask, "depth": self._depth(batch["depth"], source)}
-        return {**latents, **further, "hidden": self._hidden(batch["reference"])}
+        return {**latents, **further, "hidden": hidden_of(self.pipe, batch["reference"])}
 
     def _depth(self, depth: Tensor, source: Tensor) -> Tensor:
         """Depth `b 1 s s`; where it is 0 and so unknown, what the depth model sees."""
@@ -152,12 +134,6 @@ class MimicBrush(LatentDiffusion):
         shown = [to_pil_image(picture.cpu()) for picture in pictures]
         found = depths.estimate(self.depths, shown, True, blank)
         return F.interpolate(found, pictures.shape[-2:], mode="bilinear").to(pictures)
-
-    def _hidden(self, pictures: Tensor) -> Tensor:
-        """CLIP's penultimate hidden states `b t d` of pictures in 0..1."""
-        shown = sized(pictures, self.tower.config.image_size, self.pipe.feature_extractor)
-        states: Tensor = self.tower(shown, output_hidden_states=True).hidden_states[-2]
-        return states
 
     def forward(self, batch: Sample) -> Tensor:
         cfg, batch = self.cfg, _ordered(batch, self.cfg.drop_reference)
@@ -215,8 +191,11 @@ def begun(cfg: Any) -> MimicBrushPipeline:
     torch.manual_seed(cfg.train.seed)
     vision, processor = tower(cfg.clip)
     width = pipe.unet.config.cross_attention_dim
-    filling = hole_filler(cfg.inpainting, channels) if cfg.inpainting else copy.deepcopy(pipe.unet)
-    return MimicBrushPipeline(
+    if cfg.inpainting:
+        filling, prompted = hole_filler(cfg.inpainting, channels)
+    else:
+        filling, prompted = copy.deepcopy(pipe.unet), None
+    made = MimicBrushPipeline(
         vae=pipe.vae,
         reference_unet=pipe.unet,
         unet=widened(filling, 2 * channels + 1 + cfg.depth),
@@ -226,43 +205,65 @@ def begun(cfg: Any) -> MimicBrushPipeline:
         scheduler=pipe.scheduler,
         feature_extractor=processor,
     )
+    if prompted:
+        begin_projection(made, prompted, cfg)
+    return made
 
 
-def hole_filler(name: str, channels: int) -> Any:
+def hole_filler(name: str, channels: int) -> tuple[Any, Prompts | None]:
     """The U-Net of a Stable Diffusion for inpainting, or of a Paint by Example, which sees z, z
-    around the hole and what is kept in place of z, the hole and z around it."""
+    around the hole and what is kept in place of z, the hole and z around it; and what makes the
+    prompts that a Paint by Example's knows."""
     folder = registry.resolve_model(name)
-    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+    index = Path(folder) / "model_index.json"
+    painter: Any = None
+    unet: Any
+    if index.is_file() and "PaintByExample" in index.read_text(encoding="utf-8"):
+        painter = pipeline(str(folder))
+        unet = painter.unet
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
     if (taken := unet.config.in_channels) != 2 * channels + 1:
         problem = f"its U-Net takes {taken} channels, not {2 * channels + 1}"
         raise ModelError(problem, where=name, fix="Name an inpainting model, or none.")
-    if paints_by_example(folder):
-        seen = unet.conv_in
-        with torch.no_grad():
-            z, around, kept = seen.weight.split([channels, channels, 1], 1)
-            seen.bias += kept.sum((1, 2, 3))
-            seen.weight.copy_(torch.cat([z, -kept, around], 1))
-    return unet
+    if painter is None:
+        return unet, None
+    seen, encoder = unet.conv_in, painter.image_encoder
+    with torch.no_grad():
+        z, around, kept = seen.weight.split([channels, channels, 1], 1)
+        seen.bias += kept.sum((1, 2, 3))
+        seen.weight.copy_(torch.cat([z, -kept, around], 1))
+    return unet, lambda pictures: encoder(sized(pictures, encoder, painter.feature_extractor))
 
 
-def paints_by_example(folder: str | Path) -> bool:
-    """Whether a folder holds a Paint by Example."""
-    index = Path(folder) / "model_index.json"
-    return index.is_file() and "PaintByExample" in index.read_text(encoding="utf-8")
+@torch.no_grad()
+def begin_projection(pipe: Any, prompted: Prompts, cfg: Any, pictures: int = 256) -> None:
+    """The projection as the linear map that brings every token of a reference nearest, in squares,
+    to the one token a Paint by Example makes of it: a fresh one's tokens may be many times larger
+    than any prompt that its U-Net has seen, whose attention they saturate."""
+    unmatched = replace(cfg.data, sift=False)  # which no reference depends on
+    views = Views(unmatched, cfg.size, cfg.masks, cfg.changes)
+    drawn = [encoded.row(views, i, {}) for i in range(min(pictures, len(views)))]
+    shown = torch.stack([row["reference"] for row in drawn]).split(32)
+    hidden = torch.cat([hidden_of(pipe, part) for part in shown])
+    wanted = torch.cat([prompted(part) for part in shown])
+    wanted = wanted.expand(-1, hidden.shape[1], -1).flatten(0, 1).double()
+    given = F.pad(hidden.flatten(0, 1), (0, 1), value=1.0).double()
+    fitted = torch.linalg.lstsq(given, wanted, driver="gelsd").solution.T.float()
+    pipe.image_tokens.proj.weight.copy_(fitted[:, :-1])
+    pipe.image_tokens.proj.bias.copy_(fitted[:, -1])
 
 
-def exemplar_prompts(name: str) -> Prompts | None:
-    """What makes the prompts of a Paint by Example; None of another model."""
-    folder = registry.resolve_model(name)
-    if not paints_by_example(folder):
-        return None
-    pipe = pipeline(str(folder))
-    encoder, side = pipe.image_encoder, pipe.image_encoder.config.image_size
-    return lambda pictures: encoder(sized(pictures, side, pipe.feature_extractor))
+def hidden_of(pipe: Any, pictures: Tensor) -> Tensor:
+    """CLIP's penultimate hidden states `b t d` of pictures in 0..1."""
+    shown = sized(pictures, pipe.image_encoder, pipe.feature_extractor)
+    states: Tensor = pipe.image_encoder(shown, output_hidden_states=True).hidden_states[-2]
+    return states
 
 
-def sized(pictures: Tensor, side: int, processor: Any) -> Tensor:
-    """Pictures `b 3 s s` in 0..1 as a CLIP of that side gets them."""
+def sized(pictures: Tensor, encoder: Any, processor: Any) -> Tensor:
+    """Pictures `b 3 s s` in 0..1 as a CLIP gets them."""
+    side = encoder.config.image_size
     if pictures.shape[-1] != side:
         scaled = F.interpolate(pictures, (side, side), mode="bicubic", antialias=True)
         pictures = scaled.clamp(0, 1)
