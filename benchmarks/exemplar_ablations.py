@@ -80,11 +80,6 @@ def filled(items: list[ExemplarItem], folder: Path, told: bool = False) -> Tenso
     return torch.cat(drawn)
 
 
-def imitated(items: list[ExemplarItem], folder: Path, reads: bool = True) -> Tensor:
-    """What a MimicBrush draws."""
-    return conditioned.imitated(items, folder, reads=reads)
-
-
 WEAK = ("changes.reference.colour=0.0", "changes.reference.rotate=0.0",
         "changes.reference.scale=[1.0, 1.0]", "changes.reference.project=0.0")  # fmt: skip
 TABLES = (
@@ -107,8 +102,8 @@ TABLES = (
     ),
     Table(
         "toybox_mimicbrush",
-        ("data.toybox=3000", "data.single=0.3", "data.objects=0.5", "data.zoom=0.6",
-         "train.steps=500"),
+        ("data.toybox=3000", "data.single=0.3", "data.objects=0.5", "data.silhouettes=0.3",
+         "data.zoom=0.6", "train.steps=500"),
         (
             Row("mimic", "MimicBrush, three in ten of single scenes"),
             Row("plain-grids", "holes that do not care what both views show",
@@ -116,12 +111,12 @@ TABLES = (
             Row("singles", "single scenes alone", ("data.single=1.0",)),
             Row("weak", "weak augmentation", WEAK),
             Row("clip-alone", "no reference U-Net, CLIP alone", ("mix=0.0",), "mimic",
-                partial(imitated, reads=False)),
+                partial(conditioned.imitated, reads=False)),
         ),
         "toybox-imitation",
         ("true-region", "true-region-lpips", "exemplar-identity"),
         {"PSNR, dB": "psnr_true", "SSIM": "ssim_true", "LPIPS": "lpips_true", "colour": "colour"},
-        imitated,
+        conditioned.imitated,
     ),
 )  # fmt: skip
 

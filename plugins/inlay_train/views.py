@@ -29,10 +29,11 @@ class Sources:
 
     clips: a folder with a folder of frames per clip, and single pictures. low, high: SSIM of the
     frames of a pair. toybox: number of its scenes. objects: share of these whose hole is one whole
-    object, in place of the published segments of single pictures; zoom: share whose reference is
-    cut out around that object. sift: match features; without, cells of the toybox that show objects
-    match, and of photographs none. single: share of the toybox's rows whose reference is the same
-    scene, as single pictures are.
+    object, in place of the published segments of single pictures; silhouettes: share of these holes
+    that are its outline, not a box; zoom: share whose reference is cut out around that object.
+    sift: match features; without, cells of the toybox that show objects match, and of photographs
+    none. single: share of the toybox's rows whose reference is the same scene, as single pictures
+    are.
     """
 
     clips: str | None = None
@@ -40,6 +41,7 @@ class Sources:
     high: float = 0.9
     toybox: int = 0
     objects: float = 0.0
+    silhouettes: float = 0.5
     zoom: float = 0.0
     sift: bool = True
     single: float = field(default=0.0, metadata=LATER)
@@ -144,7 +146,10 @@ class Views:
         reference = imitation_pairs.augmented(reference, rng, self.changes.reference)
         mask = None
         if rng.random() < self.sources.objects and drawn.masks[shown].any():
-            mask = _whole(drawn.masks[shown], drawn.footprints[shown], rng)
+            if rng.random() < self.sources.silhouettes:
+                mask = torch.from_numpy(drawn.masks[shown]).float()[None]
+            else:
+                mask = _around(drawn.footprints[shown], rng)
         if self.sources.sift:
             large = [_tensor(world.render(s, 256).image) for s in (views.source, views.reference)]
             points = imitation_pairs.matches(large[0], large[1])
@@ -166,16 +171,11 @@ def _box(
     return max(0, int(left)), max(0, int(top)), min(size, int(right)), min(size, int(bottom))
 
 
-def _whole(
-    body: np.ndarray[Any, Any], footprint: np.ndarray[Any, Any], rng: np.random.Generator
-) -> Tensor:
-    """The hole `1 s s` of an object: its silhouette, or a box around all that it changes."""
+def _around(footprint: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
+    """The hole `1 s s` that is a box around all that an object changes."""
     from inlay_toybox import world
 
-    if rng.random() < 0.5:
-        return torch.from_numpy(body).float()[None]
-    box = world.boxes_of(footprint[None])[0]
-    left, top, right, bottom = _box(box, len(body), rng)
-    mask = torch.zeros(1, *body.shape)
+    left, top, right, bottom = _box(world.boxes_of(footprint[None])[0], len(footprint), rng)
+    mask = torch.zeros(1, *footprint.shape)
     mask[:, top:bottom, left:right] = 1
     return mask
