@@ -50,7 +50,7 @@ BY_WORDS = {
     "Blended Diffusion (text)": f"blended_diffusion{GUIDED}",
     "inpainting (text)": "blended/inpaint",
 }
-BESIDE = ((MIMIC, PAINT), *((PAINT, other) for other in (*UNTRAINED, *BY_WORDS, *PASTED)))
+BESIDE = ((MIMIC, PAINT), *((PAINT, other) for other in (*UNTRAINED, *PASTED, *BY_WORDS)))
 MEASURED = ("exemplar-identity", "texture", "region-clip", "copied", "around-object")
 IDENTITY = ("identity", "colour", "likeness", "texture", "region_clip", "copied", "psnr_around")
 TRUTH = ("likeness", "texture", "psnr_true", "ssim_true", "lpips_true")
@@ -87,7 +87,7 @@ def filling(args: Namespace) -> str:
     bench = Bench(task.name, few, MEASURED)
     drawn = trained(bench, few)
     rows = {label: bench.numbers(pictures) for label, pictures in drawn.items()}
-    for asked, group in ((task, UNTRAINED), (told, BY_WORDS), (task, PASTED)):
+    for asked, group in ((task, UNTRAINED | PASTED), (told, BY_WORDS)):
         done = comparison.evaluate(asked, list(group.values()), few).evaluation
         for label, said in group.items():
             name = methods.name_of(said)
