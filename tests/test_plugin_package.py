@@ -54,12 +54,22 @@ def test_a_word_that_is_not_in_the_prompt_is_refused(pipe, tmp_path):
         session.run(conds=given(pipe), steps=3)
 
 
-def test_the_documented_test_passes(pipe, tmp_path, monkeypatch):
+def test_the_documented_test_passes_and_can_fail(pipe, tmp_path, monkeypatch):
     (tmp_path / "spotlight.py").write_text(FULL)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "spotlight", raising=False)
     page = pages.module(TEST, tmp_path, "test_spotlight")
     page.test_the_spotlight_finds_its_word_and_dims_the_rest(pipe, given(pipe))
+
+    class Brightens(page.Spotlight):
+        @inlay.hookimpl
+        def inlay_final(self, run, result):
+            super().inlay_final(run, result)
+            result.images["edit"] = result.images["edit"] + 1
+
+    monkeypatch.setattr(page, "Spotlight", Brightens)
+    with pytest.raises(AssertionError):
+        page.test_the_spotlight_finds_its_word_and_dims_the_rest(pipe, given(pipe))
     monkeypatch.delitem(sys.modules, "spotlight")
 
 
